@@ -1,0 +1,54 @@
+"""Skippy's inference engine. Import it as `skippy.engine`; it knows nothing of HTTP.
+
+The names below are the public ones. Those that need torch are loaded on first use, so
+that the server process can import this package without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if __name__ != "skippy.engine":
+    raise ImportError(f"import this package as 'skippy.engine', not as {__name__!r}")
+
+from skippy.engine.config import BUILTIN_MODEL, EngineConfig
+from skippy.engine.errors import CheckpointError, ConfigError, EngineDead, InvalidRequest, SkippyError
+from skippy.engine.types import (
+    DraftCounts,
+    EngineInfo,
+    Request,
+    SamplingParams,
+    SequenceOutput,
+    StepOutput,
+    StepStats,
+    TokenLogprobs,
+)
+
+if TYPE_CHECKING:
+    from skippy.engine.engine import Engine
+
+__all__ = [
+    "BUILTIN_MODEL",
+    "CheckpointError",
+    "ConfigError",
+    "DraftCounts",
+    "Engine",
+    "EngineConfig",
+    "EngineDead",
+    "EngineInfo",
+    "InvalidRequest",
+    "Request",
+    "SamplingParams",
+    "SequenceOutput",
+    "SkippyError",
+    "StepOutput",
+    "StepStats",
+    "TokenLogprobs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Engine":
+        return importlib.import_module("skippy.engine.engine").Engine
+    raise AttributeError(f"module 'skippy.engine' has no attribute {name!r}")

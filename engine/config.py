@@ -1,0 +1,49 @@
+"""The configuration of one engine, fixed for its life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from skippy.engine.errors import ConfigError
+
+BUILTIN_MODEL = "builtin"
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes are in tokens or bytes as named; None lets the engine choose.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    model: str = BUILTIN_MODEL
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    drafter: str = "ngram"
+    num_speculative_tokens: int = 4
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if self.num_speculative_tokens < 0:
+            raise ConfigError(f"num_speculative_tokens must be at least 0, got {self.num_speculative_tokens}.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")

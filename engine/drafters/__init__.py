@@ -1,0 +1,1 @@
+"""The drafters: whatever proposes tokens for the verifier to check."""

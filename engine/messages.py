@@ -1,0 +1,77 @@
+"""The wire between the server and the engine process: msgpack frames over two pipes.
+
+A frame is a 4-byte little-endian length and that many bytes of msgpack. Commands flow
+to the engine, events come back: first one `Ready` (or `Fatal`), then one `Stepped` per
+engine step. The engine exits when its command pipe closes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from skippy.engine.config import EngineConfig
+from skippy.engine.types import EngineInfo, Request, StepOutput
+
+FRAME_HEADER_BYTES = 4
+
+
+class Start(msgspec.Struct, tag=True):
+    """The first command: build the engine."""
+
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, tag=True):
+    """Admit a request. A refused one is answered by an output with finish_reason "error"."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, tag=True):
+    """Forget a request and free what it holds; unknown ids are ignored. Not answered."""
+
+    request_id: str
+
+
+class Ready(msgspec.Struct, tag=True):
+    info: EngineInfo
+
+
+class Stepped(msgspec.Struct, tag=True):
+    output: StepOutput
+
+
+class Fatal(msgspec.Struct, tag=True):
+    """The engine cannot start or go on; it exits after this."""
+
+    message: str
+
+
+Command = Start | Add | Abort
+Event = Ready | Stepped | Fatal
+
+
+def encode(message: Command | Event) -> bytes:
+    """The whole frame of one message."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "little") + body
+
+
+class FrameReader:
+    """Cuts a byte stream into messages. `feed` bytes as they come, then iterate `messages`."""
+
+    def __init__(self, kind: type[Command] | type[Event]) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kind)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Command | Event]:
+        """Every message that `data` completes, in order."""
+        self._buffer += data
+        messages = []
+        while len(self._buffer) >= FRAME_HEADER_BYTES:
+            end = FRAME_HEADER_BYTES + int.from_bytes(self._buffer[:FRAME_HEADER_BYTES], "little")
+            if len(self._buffer) < end:
+                break
+            messages.append(self._decoder.decode(self._buffer[FRAME_HEADER_BYTES:end]))
+            del self._buffer[:end]
+        return messages

@@ -1,0 +1,4 @@
+"""Skippy's OpenAI-compatible server and its commands. Import it as `skippy.server`."""
+
+if __name__ != "skippy.server":
+    raise ImportError(f"import this package as 'skippy.server', not as {__name__!r}")
