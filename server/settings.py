@@ -1,0 +1,253 @@
+"""Every setting of Skippy, once: `--help`, the docs table and `.env.example` come from here.
+
+A value is taken from the first place that has one: the command line, a `SKIPPY_*`
+environment variable, the YAML file named by `--config` (or SKIPPY_CONFIG), the default.
+An empty string means "not set" in all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from skippy.engine import ConfigError, EngineConfig
+
+ENV_PREFIX = "SKIPPY_"
+CONFIG_VARIABLE = "SKIPPY_CONFIG"
+"""Names the YAML file; not a setting itself."""
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+_ENGINE_FIELDS = tuple(field.name for field in fields(EngineConfig))
+_ENGINE_DEFAULTS = EngineConfig()
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]?)(?P<suffix>IB|B)?", re.IGNORECASE)
+
+
+def parse_bytes(text: object) -> object:
+    """`512MiB`, `1.5G` and `4096` in bytes; K, M, G and T (also KiB ...) are powers of 1024, KB ... of 1000."""
+    if not isinstance(text, str):
+        return text
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("expected a size in bytes such as 4096, 512MiB or 4G")
+    power = _UNITS[match["unit"].upper()]
+    if match["unit"] and (match["suffix"] or "").upper() == "B":
+        power = 1000 ** (power.bit_length() // 10)
+    return int(float(match["number"]) * power)
+
+
+ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Settings(BaseModel):
+    """The whole configuration of one server, checked and frozen.
+
+    The fields of EngineConfig have the same names, defaults and limits here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(_ENGINE_DEFAULTS.model, description="folder of a Hugging Face checkpoint, or the built-in model")
+    device: Device = Field(_ENGINE_DEFAULTS.device, description="where the model runs; auto takes CUDA where it is")
+    dtype: Dtype = Field(_ENGINE_DEFAULTS.dtype, description="type of the weights and activations")
+    max_model_len: int | None = Field(
+        _ENGINE_DEFAULTS.max_model_len,
+        description="longest prompt plus output, in tokens; unset: the model's limit",
+    )
+    max_num_seqs: int = Field(_ENGINE_DEFAULTS.max_num_seqs, description="most sequences that run at the same time")
+    max_num_batched_tokens: int = Field(
+        _ENGINE_DEFAULTS.max_num_batched_tokens, description="token budget of one step; longer prompts go in chunks"
+    )
+    block_size: int = Field(_ENGINE_DEFAULTS.block_size, description="tokens per block of the KV cache")
+    kv_cache_memory_bytes: ByteSize | None = Field(
+        _ENGINE_DEFAULTS.kv_cache_memory_bytes,
+        description="size of the KV cache, as 512MiB or 4G; unset: what fits",
+    )
+    gpu_memory_utilization: float = Field(
+        _ENGINE_DEFAULTS.gpu_memory_utilization,
+        description="share of the GPU's memory to use when the cache size is unset",
+    )
+    enable_prefix_caching: bool = Field(
+        _ENGINE_DEFAULTS.enable_prefix_caching, description="reuse the KV cache of prompts that begin alike"
+    )
+    drafter: str = Field(
+        _ENGINE_DEFAULTS.drafter, description="what proposes tokens ahead: ngram, or none; a request may name another"
+    )
+    num_speculative_tokens: int = Field(
+        _ENGINE_DEFAULTS.num_speculative_tokens, description="most tokens drafted per step and sequence"
+    )
+    num_threads: int | None = Field(
+        _ENGINE_DEFAULTS.num_threads, description="CPU threads of the engine; unset: PyTorch's choice"
+    )
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
+    served_model_name: str | None = Field(None, description="model name in the API; unset: the model as given")
+    max_waiting: int = Field(1024, ge=1, description="most requests that may wait; further ones are answered 429")
+    log_interval: float = Field(10.0, gt=0, allow_inf_nan=False, description="seconds between log lines under load")
+    log_level: LogLevel = Field("info", description="least severe log messages to show")
+
+    @field_validator(*_ENGINE_FIELDS)
+    @classmethod
+    def _within_the_engines_limits(cls, value: Any, info: ValidationInfo) -> Any:
+        try:
+            EngineConfig(**{str(info.field_name): value})
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix(f"{info.field_name} ").rstrip(".")) from error
+        return value
+
+    def engine_config(self) -> EngineConfig:
+        """The part that the engine is built from."""
+        return EngineConfig(**{name: getattr(self, name) for name in _ENGINE_FIELDS})
+
+
+class Value(NamedTuple):
+    """What a user wrote, not yet parsed, and where."""
+
+    text: str
+    origin: str
+
+
+Layer = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings and, for each, where its value came from."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    @classmethod
+    def merge(cls, *layers: Layer) -> Self:
+        """The first layer that has a value wins.
+
+        Raises:
+            ConfigError: a value is bad; the message names it and its origin.
+        """
+        values: dict[str, Value] = {}
+        for layer in layers:
+            for name, value in layer.items():
+                values.setdefault(name, value)
+        try:
+            settings = Settings.model_validate({name: value.text for name, value in values.items()})
+        except ValidationError as error:
+            raise ConfigError(_first_problem(error, values)) from error
+        return cls(settings, {name: values[name].origin if name in values else "default" for name in setting_names()})
+
+    def as_yaml(self) -> str:
+        """Every value with its origin as a comment; `--config` reads it back."""
+        lines = []
+        for name, value in self.settings.model_dump().items():
+            entry = yaml.safe_dump({name: value}, width=float("inf"), allow_unicode=True).rstrip("\n")
+            lines.append(f"{entry}  # {self.origins[name]}\n")
+        return "".join(lines)
+
+
+def load(arguments: Layer, environ: Mapping[str, str], config: str | None = None) -> Resolved:
+    """Resolve the settings of one command. `config` is the file named on the command line.
+
+    Raises:
+        ConfigError: an unknown name, a bad value or an unreadable file.
+    """
+    path = config or environ.get(CONFIG_VARIABLE)
+    return Resolved.merge(arguments, from_environment(environ), from_yaml(path) if path else {})
+
+
+def setting_names() -> tuple[str, ...]:
+    return tuple(Settings.model_fields)
+
+
+def from_environment(environ: Mapping[str, str]) -> Layer:
+    layer = {}
+    for variable, text in environ.items():
+        if not variable.startswith(ENV_PREFIX) or variable == CONFIG_VARIABLE:
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if name not in setting_names() or variable != variable_of(name):
+            known = [*map(variable_of, setting_names()), CONFIG_VARIABLE]
+            raise ConfigError(f"unknown environment variable {variable}{nearest(variable, known)}")
+        if text:
+            layer[name] = Value(text, variable)
+    return layer
+
+
+def from_yaml(path: str) -> Layer:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot read the config file {path}: {reason}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"the config file {path} must hold 'name: value' lines")
+    layer = {}
+    for key, value in document.items():
+        if key not in setting_names():
+            raise ConfigError(f"unknown key {key!r} in {path}{nearest(str(key), setting_names())}")
+        if isinstance(value, dict | list):
+            raise ConfigError(f"{key} in {path} must be a single value")
+        # As text, because YAML's own types would let `port: yes` through as 1.
+        if value is not None and value != "":
+            layer[key] = Value(str(value), path)
+    return layer
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A suggestion to end an error message with, or nothing."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def variable_of(name: str) -> str:
+    return ENV_PREFIX + name.upper()
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def is_switch(name: str) -> bool:
+    return Settings.model_fields[name].annotation is bool
+
+
+def kind_of(name: str) -> str:
+    """How the values of a setting look, for help and docs: a type, or the choices."""
+    annotation: Any = Settings.model_fields[name].annotation
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+    if annotation is ByteSize:
+        return "bytes"
+    if get_origin(annotation) is Literal:
+        return "|".join(get_args(annotation))
+    names = {bool: "true|false", int: "integer", float: "number", str: "text"}
+    return names[annotation]
+
+
+def default_text(name: str) -> str:
+    """The default as a user would write it; empty when it is unset."""
+    default = Settings.model_fields[name].default
+    if default is None:
+        return ""
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _first_problem(error: ValidationError, values: Mapping[str, Value]) -> str:
+    problem = error.errors(include_url=False)[0]
+    name = str(problem["loc"][0])
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"bad value {values[name].text!r} for {name} (from {values[name].origin}): {reason[0].lower()}{reason[1:]}"
