@@ -14,6 +14,7 @@ if __name__ != "skippy.engine":
 
 from skippy.engine.config import BUILTIN_MODEL, EngineConfig
 from skippy.engine.errors import CheckpointError, ConfigError, EngineDead, InvalidRequest, SkippyError
+from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.types import (
     DraftCounts,
     EngineInfo,
@@ -45,6 +46,7 @@ __all__ = [
     "StepOutput",
     "StepStats",
     "TokenLogprobs",
+    "Tokenizer",
 ]
 
 
