@@ -58,45 +58,57 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(_ENGINE_DEFAULTS.model, description="folder of a Hugging Face checkpoint, or the built-in model")
-    device: Device = Field(_ENGINE_DEFAULTS.device, description="where the model runs; auto takes CUDA where it is")
-    dtype: Dtype = Field(_ENGINE_DEFAULTS.dtype, description="type of the weights and activations")
+    model: str = Field(
+        default=_ENGINE_DEFAULTS.model, description="folder of a Hugging Face checkpoint, or the built-in model"
+    )
+    device: Device = Field(
+        default=_ENGINE_DEFAULTS.device, description="where the model runs; auto takes CUDA where it is"
+    )
+    dtype: Dtype = Field(default=_ENGINE_DEFAULTS.dtype, description="type of the weights and activations")
     max_model_len: int | None = Field(
-        _ENGINE_DEFAULTS.max_model_len,
+        default=_ENGINE_DEFAULTS.max_model_len,
         description="longest prompt plus output, in tokens; unset: the model's limit",
     )
-    max_num_seqs: int = Field(_ENGINE_DEFAULTS.max_num_seqs, description="most sequences that run at the same time")
-    max_num_batched_tokens: int = Field(
-        _ENGINE_DEFAULTS.max_num_batched_tokens, description="token budget of one step; longer prompts go in chunks"
+    max_num_seqs: int = Field(
+        default=_ENGINE_DEFAULTS.max_num_seqs, description="most sequences that run at the same time"
     )
-    block_size: int = Field(_ENGINE_DEFAULTS.block_size, description="tokens per block of the KV cache")
+    max_num_batched_tokens: int = Field(
+        default=_ENGINE_DEFAULTS.max_num_batched_tokens,
+        description="token budget of one step; longer prompts go in chunks",
+    )
+    block_size: int = Field(default=_ENGINE_DEFAULTS.block_size, description="tokens per block of the KV cache")
     kv_cache_memory_bytes: ByteSize | None = Field(
-        _ENGINE_DEFAULTS.kv_cache_memory_bytes,
+        default=_ENGINE_DEFAULTS.kv_cache_memory_bytes,
         description="size of the KV cache, as 512MiB or 4G; unset: what fits",
     )
     gpu_memory_utilization: float = Field(
-        _ENGINE_DEFAULTS.gpu_memory_utilization,
+        default=_ENGINE_DEFAULTS.gpu_memory_utilization,
         description="share of the GPU's memory to use when the cache size is unset",
     )
     enable_prefix_caching: bool = Field(
-        _ENGINE_DEFAULTS.enable_prefix_caching, description="reuse the KV cache of prompts that begin alike"
+        default=_ENGINE_DEFAULTS.enable_prefix_caching, description="reuse the KV cache of prompts that begin alike"
     )
     drafter: str = Field(
-        _ENGINE_DEFAULTS.drafter, description="what proposes tokens ahead: ngram, or none; a request may name another"
+        default=_ENGINE_DEFAULTS.drafter,
+        description="what proposes tokens ahead: ngram, or none; a request may name another",
     )
     num_speculative_tokens: int = Field(
-        _ENGINE_DEFAULTS.num_speculative_tokens, description="most tokens drafted per step and sequence"
+        default=_ENGINE_DEFAULTS.num_speculative_tokens, description="most tokens drafted per step and sequence"
     )
     num_threads: int | None = Field(
-        _ENGINE_DEFAULTS.num_threads, description="CPU threads of the engine; unset: PyTorch's choice"
+        default=_ENGINE_DEFAULTS.num_threads, description="CPU threads of the engine; unset: PyTorch's choice"
     )
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
-    served_model_name: str | None = Field(None, description="model name in the API; unset: the model as given")
-    max_waiting: int = Field(1024, ge=1, description="most requests that may wait; further ones are answered 429")
-    log_interval: float = Field(10.0, gt=0, allow_inf_nan=False, description="seconds between log lines under load")
-    log_level: LogLevel = Field("info", description="least severe log messages to show")
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
+    served_model_name: str | None = Field(default=None, description="model name in the API; unset: the model as given")
+    max_waiting: int = Field(
+        default=1024, ge=1, description="most requests that may wait; further ones are answered 429"
+    )
+    log_interval: float = Field(
+        default=10.0, gt=0, allow_inf_nan=False, description="seconds between log lines under load"
+    )
+    log_level: LogLevel = Field(default="info", description="least severe log messages to show")
 
     @field_validator(*_ENGINE_FIELDS)
     @classmethod
