@@ -7,6 +7,8 @@ engine step. The engine exits when its command pipe closes.
 
 from __future__ import annotations
 
+from types import UnionType
+
 import msgspec
 
 from skippy.engine.config import EngineConfig
@@ -60,7 +62,7 @@ def encode(message: Command | Event) -> bytes:
 class FrameReader:
     """Cuts a byte stream into messages. `feed` bytes as they come, then iterate `messages`."""
 
-    def __init__(self, kind: type[Command] | type[Event]) -> None:
+    def __init__(self, kind: UnionType) -> None:
         self._decoder = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
 
