@@ -183,7 +183,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a user's mistake is 2 and told in one line."""
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except SkippyError as error:
         print(f"skippy: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE

@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from skippy.engine import ConfigError, EngineConfig
 
@@ -110,14 +110,13 @@ class Settings(BaseModel):
     )
     log_level: LogLevel = Field(default="info", description="least severe log messages to show")
 
-    @field_validator(*_ENGINE_FIELDS)
-    @classmethod
-    def _within_the_engines_limits(cls, value: Any, info: ValidationInfo) -> Any:
+    @model_validator(mode="after")
+    def _within_the_engines_limits(self) -> Self:
         try:
-            EngineConfig(**{str(info.field_name): value})
+            self.engine_config()
         except ConfigError as error:
-            raise ValueError(str(error).removeprefix(f"{info.field_name} ").rstrip(".")) from error
-        return value
+            raise ValueError(str(error)) from error
+        return self
 
     def engine_config(self) -> EngineConfig:
         """The part that the engine is built from."""
@@ -260,6 +259,11 @@ def default_text(name: str) -> str:
 
 def _first_problem(error: ValidationError, values: Mapping[str, Value]) -> str:
     problem = error.errors(include_url=False)[0]
-    name = str(problem["loc"][0])
-    reason = problem["msg"].removeprefix("Value error, ")
-    return f"bad value {values[name].text!r} for {name} (from {values[name].origin}): {reason[0].lower()}{reason[1:]}"
+    reason = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    if problem["loc"]:
+        name = str(problem["loc"][0])
+        given = values[name]
+        return f"bad value {given.text!r} for {name} (from {given.origin}): {reason[0].lower()}{reason[1:]}"
+    # A limit of the engine, maybe on several settings together: its message names them.
+    origins = [f"{name} is from {given.origin}" for name, given in values.items() if re.search(rf"\b{name}\b", reason)]
+    return f"{reason} ({', '.join(origins)})"

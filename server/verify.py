@@ -172,10 +172,18 @@ def make_cases(model: str, options: VerifyOptions, prompts: Sequence[str]) -> li
             "max_tokens": options.max_tokens,
             "logprobs": 0,
             "seed": options.seed + number,
-            **_RECIPES[(number + lap) % len(_RECIPES)],
+            **_RECIPES[(place + lap) % len(_RECIPES)],
         }
         cases.append(Case(number, request))
     return cases
+
+
+async def _served_model(client: httpx.AsyncClient) -> str:
+    models = await _send(client, "GET", "/v1/models")
+    try:
+        return str(models["data"][0]["id"])
+    except (LookupError, TypeError) as error:
+        raise VerifyError(f"{client.base_url} names no model under /v1/models") from error
 
 
 async def ask(client: httpx.AsyncClient, case: Case, draft: dict[str, Any]) -> Answer:
@@ -230,9 +238,9 @@ async def compare(client: httpx.AsyncClient, options: VerifyOptions) -> int:
     Raises:
         VerifyError: nothing can be concluded.
     """
-    models = await _send(client, "GET", "/v1/models")
+    model = await _served_model(client)
     prompts = read_prompts(options.prompts) if options.prompts else _PROMPTS
-    cases = make_cases(models["data"][0]["id"], options, prompts)
+    cases = make_cases(model, options, prompts)
     questions = [(case, variant) for case in cases for variant in VARIANTS][: options.count]
     alone = [question for question in questions if not question[1].crowd]
     crowd = [question for question in questions if question[1].crowd]
