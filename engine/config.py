@@ -27,7 +27,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
-    block_size: int = 16
+    block_size: int = 32
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -43,6 +43,11 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running sequence needs a row per step."
+            )
         if self.num_speculative_tokens < 0:
             raise ConfigError(f"num_speculative_tokens must be at least 0, got {self.num_speculative_tokens}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

@@ -1,0 +1,153 @@
+"""Attention over the paged pool. The protocol, and the reference on PyTorch's SDPA.
+
+Exactness: the result of a row depends on its own position and nothing else. Rows are cut
+where a KV block ends, so a row at position p always reads (p // block_size + 1) whole
+blocks, whoever shares the pass; slots beyond p are masked. Row counts are padded to a
+multiple that was measured to give every row the same bits (see `linear`). A padding row
+is simply the next row of the pass, read along and thrown away.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skippy.engine.kv import KVPool
+from skippy.engine.linear import MULTIPLES
+from skippy.engine.tensors import Segment
+
+
+class PassAttention(Protocol):
+    """Attention of one pass: made once, called by every layer that the pass runs through."""
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Cache this layer's keys and values, then attend.
+
+        queries [N, heads, head_dim]; keys, values [N, kv_heads, head_dim]; to
+        [N, heads * head_dim]. Rows beyond the segments come out as zeros or nonsense.
+        """
+        ...
+
+
+class AttentionBackend(Protocol):
+    def begin(self, segments: list[Segment], slots: Tensor) -> PassAttention: ...
+
+    @property
+    def slack_rows(self) -> int:
+        """How many rows a batch must have beyond its last segment."""
+        ...
+
+
+class SDPAAttention:
+    """The reference backend: `scaled_dot_product_attention`, segment by segment.
+
+    Args:
+        max_len: the longest sequence, in tokens.
+    """
+
+    def __init__(self, pool: KVPool, num_heads: int, max_len: int, scale: float) -> None:
+        self.pool = pool
+        self.num_heads = num_heads
+        self.num_kv_heads, self.head_dim = pool.keys.shape[2:]
+        self.group = num_heads // self.num_kv_heads
+        self.scale = scale
+        self._max_base = -(-max_len // pool.block_size) * pool.block_size
+        self._mask = self._mask_table()
+        self.multiple = self._measure_multiple()
+
+    @property
+    def slack_rows(self) -> int:
+        return self.multiple - 1
+
+    def begin(self, segments: list[Segment], slots: Tensor) -> PassAttention:
+        return _SDPAPass(self, segments, slots)
+
+    def mask(self, position: int, rows: int) -> Tensor:
+        """Additive causal mask [rows * group, slots] of `rows` rows from `position` on.
+
+        Slots end with the block of `position`. A view: column x of the table stands for
+        slot x - (max_base - base), row r for offset r within the block.
+        """
+        offset = position % self.pool.block_size
+        base = position - offset
+        return self._mask[offset * self.group : (offset + rows) * self.group, self._max_base - base :]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """queries [1, kv_heads, rows * group, head_dim]; keys, values [1, kv_heads, slots, head_dim]."""
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
+
+    def _mask_table(self) -> Tensor:
+        size, device = self.pool.block_size, self.pool.keys.device
+        # Padding rows may reach past the block's last row; they see every slot.
+        row = torch.arange(size + max(MULTIPLES), device=device)[:, None]
+        column = torch.arange(self._max_base + size, device=device)[None, :]
+        mask = torch.zeros(len(row), column.shape[1], dtype=self.pool.keys.dtype, device=device)
+        mask.masked_fill_(column > self._max_base + row, float("-inf"))
+        return mask.repeat_interleave(self.group, dim=0)
+
+    def _measure_multiple(self) -> int:
+        """The smallest multiple of rows for which every row comes out the same, to the bit."""
+        if self.pool.keys.device.type != "cpu":
+            return 1
+        size = self.pool.block_size
+        generator = torch.Generator().manual_seed(0)
+
+        def random(rows: int, heads: int) -> Tensor:
+            return torch.randn(1, heads, rows, self.head_dim, generator=generator).to(self.pool.keys.dtype)
+
+        queries = random((size + max(MULTIPLES)) * self.group, self.num_kv_heads)
+        keys, values = (random(self._max_base, self.num_kv_heads) for _ in range(2))
+        lengths = [blocks * size for blocks in (*range(1, 17), 24, 33, 64) if blocks * size <= self._max_base]
+        for multiple in MULTIPLES:
+            if all(self._rows_agree(multiple, queries, keys[:, :, :n], values[:, :, :n]) for n in lengths):
+                return multiple
+        return max(MULTIPLES)
+
+    def _rows_agree(self, multiple: int, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether runs of `multiple` rows from anywhere, and of its multiples, agree with a whole block."""
+        size, group = self.pool.block_size, self.group
+
+        def attend(start: int, count: int) -> Tensor:
+            part = slice(start * group, (start + count) * group)
+            mask = self.mask(keys.shape[2] - size + start, count)
+            return self.attend(queries[:, :, part], keys, values, mask)[:, :, : (size - start) * group]
+
+        whole = attend(0, size)
+        runs = [(start, multiple) for start in range(size)] + [(0, n) for n in range(multiple, size + 1, multiple)]
+        return all(
+            torch.equal(attend(start, count), whole[:, :, start * group : (start + count) * group])
+            for start, count in runs
+        )
+
+
+class _SDPAPass:
+    def __init__(self, backend: SDPAAttention, segments: list[Segment], slots: Tensor) -> None:
+        self._backend = backend
+        self._slots = slots
+        self._parts = []
+        for segment in segments:
+            rows = -(-segment.num_rows // backend.multiple) * backend.multiple
+            self._parts.append(
+                (
+                    slice(segment.row * backend.group, (segment.row + segment.num_rows) * backend.group),
+                    slice(segment.row * backend.group, (segment.row + rows) * backend.group),
+                    backend.pool.locate(segment.table),
+                    backend.mask(segment.position, rows),
+                )
+            )
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        backend = self._backend
+        backend.pool.write(layer, self._slots, keys, values)
+        rows, group, kv_heads, head_dim = len(queries), backend.group, backend.num_kv_heads, backend.head_dim
+        # Heads that share a KV head become rows of one product: [1, kv_heads, N * group, head_dim].
+        folded = queries.view(rows, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, rows * group, head_dim)
+        out = torch.zeros_like(folded)
+        for target, source, where, mask in self._parts:
+            cached_keys, cached_values = backend.pool.read(layer, where)
+            attended = backend.attend(folded[:, :, source], cached_keys, cached_values, mask)
+            out[:, :, target] = attended[:, :, : target.stop - target.start]
+        return out.view(kv_heads, rows, group, head_dim).transpose(0, 1).reshape(rows, -1)

@@ -1,0 +1,112 @@
+"""From a configuration to a model on a device with a cache: everything sized once, at start."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from skippy.engine.attention import SDPAAttention
+from skippy.engine.config import EngineConfig
+from skippy.engine.errors import ConfigError
+from skippy.engine.kv import KVPool
+from skippy.engine.runner import Runner
+from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
+
+CPU_KV_BYTES = 256 * 2**20
+CUDA_RESERVE_BYTES = 512 * 2**20
+"""Left for activations and the allocator's rounding on a GPU."""
+
+logger = logging.getLogger("skippy.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    checkpoint: Checkpoint
+    runner: Runner
+    max_model_len: int
+
+
+def build(config: EngineConfig) -> Build:
+    """Load the model and lay out the cache.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: the configuration cannot be met on this machine.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    device = _device(config)
+    checkpoint = open_checkpoint(config.model)
+    dtype = _dtype(config, checkpoint, device)
+    shape = checkpoint.config
+    wanted_len = config.max_model_len or shape.max_position_embeddings
+    if wanted_len > shape.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len {wanted_len} exceeds the {shape.max_position_embeddings} positions of the model."
+        )
+    model = load_model(checkpoint, dtype, device, wanted_len)
+    tiling = model.pack(checkpoint.vocab_size)
+    block_bytes = (
+        2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
+    )
+    num_blocks = _num_blocks(config, wanted_len, block_bytes, device)
+    max_model_len = min(wanted_len, num_blocks * config.block_size)
+    if max_model_len < wanted_len:
+        if config.max_model_len is not None:
+            raise ConfigError(
+                f"max_model_len {wanted_len} needs {-(-wanted_len // config.block_size)} KV blocks, and the cache has "
+                f"{num_blocks}: raise kv_cache_memory_bytes or lower max_model_len."
+            )
+        logger.info("context %d of %d: the cache is no larger", max_model_len, wanted_len)
+    pool = KVPool(
+        shape.num_hidden_layers,
+        num_blocks,
+        config.block_size,
+        shape.num_key_value_heads,
+        shape.head_dim,
+        dtype,
+        device,
+    )
+    attention = SDPAAttention(pool, shape.num_attention_heads, max_model_len, shape.head_dim**-0.5)
+    return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len)
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but PyTorch finds no usable GPU (or is a CPU build).")
+    return torch.device("cuda")
+
+
+def _dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        if dtype == torch.float16 and device.type == "cpu":
+            raise ConfigError("float16 is not supported on CPU; use float32 or bfloat16.")
+        return dtype
+    if device.type == "cuda":
+        return checkpoint.dtype
+    # AMX multiplies bfloat16 far faster than anything else does float32.
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def _num_blocks(config: EngineConfig, max_len: int, block_bytes: int, device: torch.device) -> int:
+    """Blocks within the memory allowed, but no more than max_num_seqs full sequences can use."""
+    usable = config.max_num_seqs * -(-max_len // config.block_size)
+    if config.kv_cache_memory_bytes is not None:
+        budget = config.kv_cache_memory_bytes
+    elif device.type == "cpu":
+        budget = CPU_KV_BYTES
+    else:
+        free, total = torch.cuda.mem_get_info(device)
+        budget = int(free - (1.0 - config.gpu_memory_utilization) * total) - CUDA_RESERVE_BYTES
+    blocks = min(usable, budget // block_bytes - 1)  # one more block takes what padding rows write
+    if blocks < 1:
+        raise ConfigError(
+            f"{max(budget, 0)} bytes are left for the KV cache, and two blocks of {config.block_size} tokens need "
+            f"{2 * block_bytes}."
+        )
+    return blocks

@@ -1,0 +1,426 @@
+"""The engine: requests in, verified tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from skippy.engine.accept import Verdict, accept
+from skippy.engine.blocks import BlockAllocator
+from skippy.engine.build import Build, build
+from skippy.engine.config import EngineConfig
+from skippy.engine.drafters.base import Drafter
+from skippy.engine.drafters.ngram import NgramDrafter
+from skippy.engine.drafters.none import NoDrafter
+from skippy.engine.errors import ConfigError, InvalidRequest
+from skippy.engine.model import full_plan
+from skippy.engine.runner import Rows
+from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
+from skippy.engine.scheduler import Schedule, Scheduler, Work
+from skippy.engine.sequence import Sequence
+from skippy.engine.types import (
+    DraftCounts,
+    EngineInfo,
+    FinishReason,
+    Request,
+    SequenceOutput,
+    StepOutput,
+    StepStats,
+    TokenLogprobs,
+)
+
+MAX_SPECULATIVE_TOKENS = 32
+
+logger = logging.getLogger("skippy.engine")
+
+
+class Engine:
+    """Serves requests with one model on one device. Not thread-safe: one caller, step by step.
+
+    Raises:
+        CheckpointError: the model cannot be loaded.
+        ConfigError: the configuration cannot be met on this machine.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.num_speculative_tokens > MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {config.num_speculative_tokens}."
+            )
+        self._config = config
+        built: Build = build(config)
+        self.runner = built.runner
+        self._checkpoint = built.checkpoint
+        self._max_model_len = built.max_model_len
+        self._verify_plan = full_plan(built.checkpoint.config)
+        self._blocks = BlockAllocator(built.runner.pool.num_blocks)
+        self._scheduler = Scheduler(
+            self._blocks,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.enable_prefix_caching,
+        )
+        self._drafters: dict[str, Drafter] = {}
+        for drafter in (NoDrafter(), NgramDrafter()):
+            self.add_drafter(drafter)
+        if config.drafter not in self._drafters:
+            raise ConfigError(f"There is no drafter {config.drafter!r}; there are: {', '.join(self._drafters)}.")
+        self._sequences: dict[str, list[Sequence]] = {}
+        self._states: dict[Sequence, SamplingState] = {}
+        self._errors: list[SequenceOutput] = []
+        self.info = self._describe()
+
+    def add_drafter(self, drafter: Drafter) -> None:
+        """Let requests name one more drafter."""
+        self._drafters[drafter.name] = drafter
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: it can never be served as it is; nothing of it is kept.
+        """
+        self._validate(request)
+        seed = random.getrandbits(63) if request.params.seed is None else request.params.seed
+        stops = frozenset(request.params.stop_token_ids)
+        ends = stops if request.params.ignore_eos else stops | frozenset(self._checkpoint.eos_token_ids)
+        wanted = request.num_speculative_tokens
+        sequences: list[Sequence] = []
+        for index in range(request.n):
+            sequence = Sequence(
+                request=request,
+                index=index,
+                seed=seed,
+                drafter=request.drafter or self._config.drafter,
+                max_draft=self._config.num_speculative_tokens if wanted is None else wanted,
+                eos_ids=ends,
+                tokens=list(request.prompt_token_ids),
+                leader=sequences[0] if sequences else None,
+            )
+            self._scheduler.add(sequence)  # refuses the first choice or none: they are of one size
+            sequences.append(sequence)
+            self._states[sequence] = self._sampling_state(sequence)
+        self._sequences[request.request_id] = sequences
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request, at any moment between steps; unknown ids are ignored."""
+        for sequence in list(self._sequences.get(request_id, ())):
+            self._finish(sequence, "abort")
+
+    def step(self) -> StepOutput:
+        """Propose, verify, choose, accept, commit: one pass for whatever is scheduled.
+
+        A step that fails ends the requests that took part in it with an error, and no others.
+        """
+        clock = _Clock(self.runner.pool.keys.device)
+        stats = StepStats()
+        outputs: list[SequenceOutput] = []
+        schedule = self._scheduler.schedule()
+        if schedule.work:
+            try:
+                drafts = self._propose(schedule)
+                stats.draft_seconds = clock.lap()
+                logits = self.runner.run(_rows(schedule, drafts), self._verify_plan)
+                groups = self._groups(schedule, drafts)
+                chosen = choose(_decision_rows(logits, schedule, drafts), groups) if groups else []
+                self._book_pass(stats, schedule, clock.lap())
+                outputs = self._commit(schedule, drafts, logits, chosen, stats)
+            except Exception as error:
+                outputs = self._fail(schedule, error)
+        self._describe_load(stats, schedule)
+        stats.host_seconds = clock.lap()
+        return StepOutput(outputs, stats)
+
+    def check(self) -> None:
+        """Raise AssertionError unless the blocks' books balance; when idle, none may be held."""
+        self._blocks.check()
+        if not self.has_work:
+            assert self._blocks.num_held == 0, f"{self._blocks.num_held} blocks are held, and nothing runs"
+            assert not self._states, "sampling states outlive their sequences"
+
+    def _propose(self, schedule: Schedule) -> list[list[int]]:
+        """The drafts of every piece of work, in order; empty where nothing is drafted."""
+        drafts: list[list[int]] = [[] for _ in schedule.work]
+        for name, drafter in self._drafters.items():
+            places = [i for i, work in enumerate(schedule.work) if work.lookahead and work.sequence.drafter == name]
+            if places:
+                work = [schedule.work[i] for i in places]
+                proposals = drafter.propose([w.sequence for w in work], [w.lookahead for w in work])
+                for place, proposal in zip(places, proposals, strict=True):
+                    assert len(proposal) <= schedule.work[place].lookahead
+                    drafts[place] = proposal
+        return drafts
+
+    def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
+        return [
+            RowGroup(self._states[work.sequence], len(work.sequence.tokens), draft)
+            for work, draft in zip(schedule.work, drafts, strict=True)
+            if work.chooses
+        ]
+
+    def _commit(
+        self,
+        schedule: Schedule,
+        drafts: SequenceOf[list[int]],
+        logits: Tensor,
+        chosen: SequenceOf[list[int]],
+        stats: StepStats,
+    ) -> list[SequenceOutput]:
+        outputs: list[SequenceOutput] = []
+        sound = torch.isfinite(logits.amax(-1)).tolist() if len(logits) else []
+        row, choices = 0, iter(chosen)
+        for work, draft in zip(schedule.work, drafts, strict=True):
+            rows = slice(row, row + work.num_logits(len(draft)))
+            choice = next(choices) if work.chooses else []
+            row = rows.stop
+            if not all(sound[rows]):
+                outputs.append(self._end_with_error(work.sequence, "The model computed logits that are not finite."))
+                continue
+            output = self._commit_one(work, draft, choice, logits[rows], stats)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _commit_one(
+        self, work: Work, draft: list[int], chosen: list[int], logits: Tensor, stats: StepStats
+    ) -> SequenceOutput | None:
+        sequence = work.sequence
+        known_before = len(sequence.tokens)
+        stats.prompt_tokens += max(0, min(work.start + work.num_known, sequence.prompt_len) - work.start)
+        self._collect_prompt_logprobs(work, logits)
+        room = sequence.max_len - known_before
+        if not work.chooses or room == 0:
+            self._scheduler.commit(sequence, work.start + work.num_known)
+            return self._output(sequence, [], None, "length") if work.chooses else None
+        verdict = accept(draft, chosen, sequence.eos_ids, room)
+        sequence.tokens += verdict.emitted
+        self._states[sequence].extend(verdict.emitted)
+        self._scheduler.commit(sequence, work.start + work.num_known + min(verdict.accepted, len(verdict.emitted) - 1))
+        self._count(sequence, draft, verdict, stats)
+        finish: FinishReason | None = None
+        if verdict.emitted[-1] in sequence.eos_ids:
+            finish = "stop"
+        elif len(sequence.tokens) == sequence.max_len:
+            finish = "length"
+        return self._output(sequence, verdict.emitted, logits[-len(chosen) :], finish)
+
+    def _count(self, sequence: Sequence, draft: list[int], verdict: Verdict, stats: StepStats) -> None:
+        sequence.counts.steps += 1
+        stats.decode_sequences += 1
+        stats.generation_tokens += len(verdict.emitted)
+        if not draft:
+            return
+        sequence.counts.drafted += len(draft)
+        sequence.counts.accepted += verdict.accepted
+        sequence.misses = 0 if verdict.accepted else sequence.misses + 1
+        stats.drafts += 1
+        stats.draft_tokens += len(draft)
+        stats.accepted_tokens += verdict.accepted
+        stats.accepted_per_step.append(verdict.accepted)
+        stats.accepted_per_pos += [0] * (len(draft) - len(stats.accepted_per_pos))
+        for place in range(verdict.accepted):
+            stats.accepted_per_pos[place] += 1
+
+    def _output(
+        self, sequence: Sequence, emitted: list[int], logits: Tensor | None, finish: FinishReason | None
+    ) -> SequenceOutput:
+        """The output of one step, and the end of the sequence if it finishes. logits [>= emitted, V]."""
+        wanted = sequence.params.logprobs
+        entries = None
+        if wanted is not None and logits is not None:
+            entries = _token_logprobs(logits[: len(emitted)], emitted, wanted)
+        stops = sequence.params.stop_token_ids
+        output = SequenceOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            token_ids=emitted,
+            counts=DraftCounts(sequence.counts.steps, sequence.counts.drafted, sequence.counts.accepted),
+            drafter=sequence.drafter,
+            logprobs=entries,
+            prompt_logprobs=sequence.prompt_logprobs or None,
+            cached_tokens=sequence.cached_tokens or 0,
+            finish_reason=finish,
+            stop_reason=emitted[-1] if finish == "stop" and emitted[-1] in stops else None,
+        )
+        sequence.prompt_logprobs = []
+        if finish is not None:
+            self._finish(sequence, finish)
+        return output
+
+    def _collect_prompt_logprobs(self, work: Work, logits: Tensor) -> None:
+        """Row p of a prompt says how likely token p + 1 was."""
+        sequence = work.sequence
+        wanted = sequence.params.prompt_logprobs
+        if wanted is None or work.start >= sequence.prompt_len or sequence.num_output:
+            return
+        if work.start == 0:
+            sequence.prompt_logprobs = [None]
+        following = sequence.tokens[work.start + 1 : work.start + 1 + work.num_known]
+        sequence.prompt_logprobs += _token_logprobs(logits[: len(following)], following, wanted)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        self._scheduler.remove(sequence)
+        del self._states[sequence]
+        siblings = self._sequences[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._sequences[sequence.request.request_id]
+
+    def _fail(self, schedule: Schedule, error: Exception) -> list[SequenceOutput]:
+        """End the sequences of a failed step; what they wrote is erased before reuse.
+
+        Raises:
+            RuntimeError: the device itself failed, and nothing can be served any more.
+        """
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        logger.exception("a step failed; its %d sequences end with an error", len(schedule.work))
+        message = f"The step failed: {type(error).__name__}: {error}"
+        return [
+            self._end_with_error(work.sequence, message)
+            for work in schedule.work
+            if work.sequence.finish_reason is None
+        ]
+
+    def _end_with_error(self, sequence: Sequence, message: str) -> SequenceOutput:
+        own = sequence.table[sequence.published :]
+        self._blocks.forget(own)
+        self.runner.pool.zero(own)
+        output = SequenceOutput(
+            sequence.request.request_id,
+            sequence.index,
+            [],
+            sequence.counts,
+            sequence.drafter,
+            finish_reason="error",
+            error=message,
+        )
+        self._finish(sequence, "error")
+        return output
+
+    def _validate(self, request: Request) -> None:
+        params, prompt, vocab = request.params, request.prompt_token_ids, self._checkpoint.vocab_size
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"A request {request.request_id!r} is running already.", "request_id")
+        total = len(prompt) + params.max_tokens
+        if total > self._max_model_len or len(prompt) > self._max_model_len:
+            raise InvalidRequest(
+                f"The prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; together they may be "
+                f"{self._max_model_len} at most.",
+                "max_tokens",
+            )
+        for name, ids in (
+            ("prompt", prompt),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            foreign = [token for token in ids if not 0 <= token < vocab]
+            if foreign:
+                raise InvalidRequest(f"{name} holds token id {foreign[0]}; this model's ids end at {vocab - 1}.", name)
+        if request.drafter is not None and request.drafter not in self._drafters:
+            known = ", ".join(self._drafters)
+            raise InvalidRequest(f"There is no drafter {request.drafter!r}; there are: {known}.", "skippy.drafter")
+        if (request.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
+            raise InvalidRequest(
+                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {request.num_speculative_tokens}.",
+                "skippy.num_speculative_tokens",
+            )
+
+    def _sampling_state(self, sequence: Sequence) -> SamplingState:
+        return SamplingState(
+            params=sequence.params,
+            prompt=sequence.request.prompt_token_ids,
+            seed=sequence.seed,
+            choice=sequence.index,
+            banned=tuple(sequence.eos_ids),
+            vocab_size=self._checkpoint.vocab_size,
+            device=self.runner.pool.keys.device,
+        )
+
+    def _book_pass(self, stats: StepStats, schedule: Schedule, seconds: float) -> None:
+        if any(not work.sequence.prompt_computed for work in schedule.work):
+            stats.prefill_seconds = seconds
+        else:
+            stats.verify_seconds = seconds
+
+    def _describe_load(self, stats: StepStats, schedule: Schedule) -> None:
+        stats.running = len(self._scheduler.running)
+        stats.waiting = len(self._scheduler.waiting)
+        stats.preemptions = schedule.preempted
+        stats.kv_blocks_used = self._blocks.num_held
+        stats.kv_blocks_total = self._blocks.num_blocks
+
+    def _describe(self) -> EngineInfo:
+        pool, checkpoint = self.runner.pool, self._checkpoint
+        return EngineInfo(
+            model=self._config.model,
+            model_path=str(checkpoint.path),
+            device=str(pool.keys.device),
+            dtype=str(pool.keys.dtype).removeprefix("torch."),
+            vocab_size=checkpoint.vocab_size,
+            max_model_len=self._max_model_len,
+            bos_token_id=checkpoint.bos_token_id,
+            eos_token_ids=list(checkpoint.eos_token_ids),
+            drafter=self._config.drafter,
+            drafters=list(self._drafters),
+            num_speculative_tokens=self._config.num_speculative_tokens,
+            max_speculative_tokens=MAX_SPECULATIVE_TOKENS,
+            block_size=pool.block_size,
+            num_blocks=pool.num_blocks,
+            kv_bytes=pool.num_bytes,
+            max_num_seqs=self._config.max_num_seqs,
+        )
+
+
+class _Clock:
+    """Wall-clock laps that include the work a device was given."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait: Callable[[], None] | None = torch.cuda.synchronize if device.type == "cuda" else None
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        if self._wait is not None:
+            self._wait()
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+
+def _rows(schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[Rows]:
+    return [
+        Rows(
+            tokens=work.sequence.tokens[work.start : work.start + work.num_known] + draft,
+            position=work.start,
+            table=work.sequence.table,
+            num_logits=work.num_logits(len(draft)),
+        )
+        for work, draft in zip(schedule.work, drafts, strict=True)
+    ]
+
+
+def _decision_rows(logits: Tensor, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Tensor:
+    """The rows that choose a token, without those that only report on the prompt."""
+    wanted: list[int] = []
+    row = 0
+    for work, draft in zip(schedule.work, drafts, strict=True):
+        row += work.num_logits(len(draft))
+        if work.chooses:
+            wanted += range(row - len(draft) - 1, row)
+    return logits if len(wanted) == len(logits) else logits[wanted]
+
+
+def _token_logprobs(logits: Tensor, tokens: list[int], count: int) -> list[TokenLogprobs]:
+    of_tokens, best = logprobs(logits, tokens, count)
+    return [TokenLogprobs(t, p, top) for t, p, top in zip(tokens, of_tokens, best, strict=True)]

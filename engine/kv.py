@@ -1,0 +1,70 @@
+"""The paged KV cache: one pool of blocks for the verifier and every drafter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVPool:
+    """Keys and values of all layers, addressed by slot = block * block_size + offset.
+
+    Draft rows write scratch into the lookahead slots of the layers they run through, and
+    the verify pass overwrites the same slots at every layer, so drafting needs no memory
+    of its own. One block beyond the allocator's takes what padding rows write.
+
+    Attributes:
+        keys, values: [layers, slots, kv_heads, head_dim], zero at first. Zero, because a
+            masked slot still takes part as 0 * value, and 0 * NaN is NaN.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.padding_slot = num_blocks * block_size
+        shape = (num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def slot(self, table: list[int], position: int) -> int:
+        block, offset = divmod(position, self.block_size)
+        return table[block] * self.block_size + offset
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store rows. slots [N] int64; keys, values [N, kv_heads, head_dim]."""
+        self.keys[layer].index_copy_(0, slots, keys)
+        self.values[layer].index_copy_(0, slots, values)
+
+    def locate(self, table: list[int]) -> slice | Tensor:
+        """Where the slots of these blocks are: a slice if they stand together, else indices."""
+        first, count = table[0], len(table)
+        if table[-1] - first == count - 1 and table == list(range(first, first + count)):
+            return slice(first * self.block_size, (first + count) * self.block_size)
+        blocks = torch.tensor(table, dtype=torch.int64, device=self.keys.device)
+        offsets = torch.arange(self.block_size, device=self.keys.device)
+        return (blocks[:, None] * self.block_size + offsets).flatten()
+
+    def read(self, layer: int, where: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, kv_heads, slots, head_dim]; views for a slice."""
+        keys, values = self.keys[layer][where], self.values[layer][where]
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+
+    def zero(self, table: list[int]) -> None:
+        """Erase blocks whose content is not to be trusted, so that no NaN outlives its request."""
+        for block in table:
+            slots = slice(block * self.block_size, (block + 1) * self.block_size)
+            self.keys[:, slots] = 0
+            self.values[:, slots] = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes

@@ -1,0 +1,301 @@
+"""One decoder for the Llama family, executing a plan of layers over flat rows.
+
+A pass is a `TokenBatch` of rows from any mix of sequences, a `Plan` that names the layers
+to run through, and the attention that knows where each row's past is cached. A draft is
+the same pass with a shorter plan: nothing is copied or switched to skip a layer.
+
+Parameters carry Hugging Face's names, so a checkpoint loads as it is and the module can be
+trained. `pack` then replaces the matrices by fused ones laid out for inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skippy.engine.attention import PassAttention
+from skippy.engine.linear import RowLinear, Tiling, common_tiling
+from skippy.engine.tensors import TokenBatch
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The shape of a Llama-family decoder, in Hugging Face's terms."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope_parameters: Mapping[str, Any] = field(default_factory=dict)
+    """rope_type, rope_theta and what the type needs; see `rope_tables`."""
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+class LayerStep(NamedTuple):
+    layer: int
+
+
+Plan = tuple[LayerStep, ...]
+
+
+def full_plan(config: ModelConfig) -> Plan:
+    """Every layer: what the verifier runs."""
+    return tuple(LayerStep(layer) for layer in range(config.num_hidden_layers))
+
+
+def skipping_plan(config: ModelConfig, start: int, end: int) -> Plan:
+    """The layers outside the skip band [start, end) (arXiv 2405.20314, section 3)."""
+    return tuple(step for step in full_plan(config) if not start <= step.layer < end)
+
+
+class Adapter(Protocol):
+    """What is added to a fused product on the rows whose gate is 1."""
+
+    def delta(self, layer: int, part: str, x: Tensor) -> Tensor:
+        """x [N, in_features] to [N, out_features]; part is "qkv", "o", "gate_up" or "down"."""
+        ...
+
+
+def rope_tables(config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of the rotary embedding (arXiv 2104.09864), [max_len, 1, head_dim].
+
+    In the half-split layout element i is rotated with i + head_dim / 2; the sign of the
+    rotation is folded into sin, so that rotating is x * cos + roll(x) * sin.
+    """
+    inverse, scale = _inverse_frequencies(config)
+    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inverse)
+    cos = torch.cat((angles.cos(), angles.cos()), -1) * scale
+    sin = torch.cat((-angles.sin(), angles.sin()), -1) * scale
+    return cos[:, None].to(device, dtype), sin[:, None].to(device, dtype)
+
+
+def _inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """[head_dim / 2] float32 and the factor that scales cos and sin."""
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind == "default":
+        theta = float(config.rope_parameters.get("rope_theta", 10000.0))
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        return 1.0 / theta**exponents, 1.0
+    # Scaled kinds take their formulas from transformers, which is slow to import.
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    reference = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=dict(config.rope_parameters),
+    )
+    inverse, scale = ROPE_INIT_FUNCTIONS[kind](reference, torch.device("cpu"))
+    return inverse.float(), float(scale)
+
+
+class _Fused:
+    """Linears that read the same input: one product once packed, one each until then."""
+
+    def __init__(self, *linears: nn.Linear) -> None:
+        self._linears = linears
+        self.packed: RowLinear | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, in_features] to [N, sum of out_features]."""
+        if self.packed is not None:
+            return self.packed(x)
+        outputs = [linear(x) for linear in self._linears]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def pack(self) -> RowLinear:
+        """Fuse, and give the memory of the separate matrices back."""
+        weight = torch.cat([linear.weight.detach() for linear in self._linears])
+        biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
+        self.packed = RowLinear(weight, torch.cat(biases) if biases else None)
+        for linear in self._linears:
+            linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        return self.packed
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What the layers of one pass share."""
+
+    cos: Tensor  # [N, 1, head_dim]
+    sin: Tensor  # [N, 1, head_dim]
+    attend: PassAttention
+    adapter: Adapter | None
+    gate: Tensor | None  # [N, 1]
+
+    def product(self, layer: int, part: str, linear: _Fused, x: Tensor) -> Tensor:
+        y = linear(x)
+        if self.adapter is not None and self.gate is not None:
+            y = y + self.gate * self.adapter.delta(layer, part, x)
+        return y
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
+        self.qkv = _Fused(self.q_proj, self.k_proj, self.v_proj)
+        self.out = _Fused(self.o_proj)
+
+    def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
+        qkv = shared.product(layer, "qkv", self.qkv, x).view(len(x), -1, self.head_dim)
+        rotated, values = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        halves = rotated.roll(self.head_dim // 2, -1)
+        rotated = rotated * shared.cos + halves * shared.sin
+        queries, keys = rotated.split((self.num_heads, self.num_kv_heads), dim=1)
+        return shared.product(layer, "o", self.out, shared.attend(layer, queries, keys, values))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.gate_up = _Fused(self.gate_proj, self.up_proj)
+        self.down = _Fused(self.down_proj)
+
+    def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
+        gate, up = shared.product(layer, "gate_up", self.gate_up, x).chunk(2, dim=-1)
+        return shared.product(layer, "down", self.down, silu_rows(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layer, shared)
+        return x + self.mlp(self.post_attention_layernorm(x), layer, shared)
+
+
+class Decoder(nn.Module):
+    """embed_tokens, layers, norm: the part that Hugging Face calls `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A decoder and its head, with parameters under Hugging Face's names.
+
+    Args:
+        max_len: positions that the rotary tables cover.
+    """
+
+    def __init__(self, config: ModelConfig, max_len: int) -> None:
+        super().__init__()
+        self.config = config
+        self.max_len = max_len
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self._rope: tuple[Tensor, Tensor] | None = None
+        self._packed_head: RowLinear | None = None
+
+    def forward(self, batch: TokenBatch, plan: Plan, attend: PassAttention, adapter: Adapter | None = None) -> Tensor:
+        """Run the rows of `batch` through the layers of `plan`.
+
+        Returns the last hidden states, not yet normalised, [N, hidden_size].
+        """
+        x = self.model.embed_tokens(batch.token_ids)
+        cos, sin = self._rope_tables(x)
+        shared = _Pass(cos[batch.positions], sin[batch.positions], attend, adapter, batch.adapter_gate)
+        for step in plan:
+            x = self.model.layers[step.layer](x, step.layer, shared)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [M, hidden_size], M padded like a batch, to [M, vocabulary] float32."""
+        x = self.model.norm(hidden)
+        if self._packed_head is not None:
+            return self._packed_head(x.float())
+        weight = self.lm_head.weight
+        if x.dtype == torch.float32:
+            return F.linear(x, weight)
+        if x.device.type == "cuda":
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return F.linear(x.float(), weight.float())
+
+    def pack(self, vocab_size: int) -> Tiling:
+        """Lay the matrices out for inference; the module cannot be trained any more.
+
+        Only the first `vocab_size` rows of the head are kept: a checkpoint may pad its
+        vocabulary, and a padded row must never be chosen. Returns the tiling of rows that
+        batches must keep.
+        """
+        packed = []
+        for layer in self.model.layers:
+            fused = (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down)
+            packed += [matrices.pack() for matrices in fused]
+        head = self.lm_head.weight.detach()[:vocab_size]
+        if head.device.type == "cpu":
+            # There is no product of bfloat16 with a float32 result on CPU, so the head is widened.
+            self._packed_head = RowLinear(head.float())
+            packed.append(self._packed_head)
+            self.lm_head.weight = nn.Parameter(head.new_empty(0), requires_grad=False)
+        else:
+            self.lm_head.weight = nn.Parameter(head, requires_grad=False)
+        return common_tiling([matrices.tiling for matrices in packed])
+
+    def _rope_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rope is None or self._rope[0].dtype != like.dtype or self._rope[0].device != like.device:
+            self._rope = rope_tables(self.config, self.max_len, like.dtype, like.device)
+        return self._rope
+
+
+def silu_rows(x: Tensor) -> Tensor:
+    """silu(x) with every row computed alike.
+
+    On CPU PyTorch computes whole vectors with one approximation of exp and the tail of each
+    thread's share with another, so where a thread's share ends would show in the result.
+    Below 32,768 elements one thread does it all; a row of a wider view never shares a vector
+    with the next row.
+    """
+    if x.device.type != "cpu":
+        return F.silu(x)
+    rows = max(1, 32768 // x.shape[-1])
+    if len(x) <= rows:
+        return F.silu(x)
+    return torch.cat([F.silu(part) for part in x.split(rows)])

@@ -1,0 +1,196 @@
+"""Decides what one step computes. Pure Python, no torch: it is tested as arithmetic.
+
+There are no phases. Every sequence has `computed` cached tokens and `len(tokens)` known
+ones, and a step moves `computed` towards `len(tokens)`: a prompt by chunks, a decoding
+sequence by its newest token and the drafted ones behind it. Running sequences come first,
+each with its lookahead slots; then waiting ones, while rows, blocks and places last. A
+running sequence that finds no block preempts the newest one, which is recomputed later
+and, because its noise depends on token indices alone, goes on with the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from skippy.engine.blocks import BlockAllocator, extend_digests
+from skippy.engine.errors import InvalidRequest
+from skippy.engine.sequence import Sequence
+
+PROMPT_LOGPROB_ROWS = 64
+"""Prompt rows that get logits are computed in chunks of so many: logits are large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Rows of one sequence in one step: known tokens from `start`, then drafted ones.
+
+    Slots exist for `num_known + lookahead` rows from position `start`.
+    """
+
+    sequence: Sequence
+    start: int
+    num_known: int
+    lookahead: int
+
+    @property
+    def chooses(self) -> bool:
+        """The last known row is the newest token: the step chooses what follows it."""
+        return self.start + self.num_known == len(self.sequence.tokens)
+
+    def num_logits(self, num_drafted: int) -> int:
+        """How many rows, counted from the last, need logits if so many tokens are drafted."""
+        if self.sequence.params.prompt_logprobs is not None and self.start < self.sequence.prompt_len:
+            return self.num_known + num_drafted
+        return num_drafted + 1 if self.chooses else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    work: list[Work] = field(default_factory=list)
+    preempted: int = 0
+
+
+class Scheduler:
+    """Admits, reserves, preempts and finishes sequences over one pool of blocks.
+
+    Args:
+        max_rows: most rows of one step (known and drafted tokens together); at least max_num_seqs.
+    """
+
+    def __init__(
+        self, blocks: BlockAllocator, block_size: int, max_num_seqs: int, max_rows: int, prefix_caching: bool
+    ) -> None:
+        self._blocks = blocks
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_rows = max_rows
+        self._prefix_caching = prefix_caching
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            InvalidRequest: it could not fit the pool even alone.
+        """
+        needed = self._blocks_for(self._slots_at_most(sequence))
+        if needed > self._blocks.num_blocks:
+            raise InvalidRequest(
+                f"The prompt and max_tokens need {needed} KV blocks of {self._block_size} tokens, and the whole "
+                f"cache has {self._blocks.num_blocks}. Shorten the prompt, lower max_tokens, or serve with a larger "
+                "kv_cache_memory_bytes.",
+                "max_tokens",
+            )
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Schedule:
+        """What the next step computes; blocks for all of it are held when this returns."""
+        work: list[Work] = []
+        rows = self._max_rows
+        preempted = 0
+        for place, sequence in enumerate(list(self.running)):
+            if sequence not in self.running:
+                continue  # preempted by an older one just now
+            # One row is kept for each sequence behind, so nobody starves behind a long prompt.
+            free_rows = rows - (len(self.running) - place - 1)
+            known = min(_rows_left(sequence), free_rows)
+            lookahead = min(self._wanted_lookahead(sequence), free_rows - known)
+            slots = sequence.computed + known + lookahead
+            while not self._reserve(sequence, slots) and sequence in self.running:
+                self._preempt(self.running[-1])
+                preempted += 1
+            if sequence in self.running:
+                work.append(Work(sequence, sequence.computed, known, lookahead))
+                rows -= known + lookahead
+        if not preempted:
+            self._admit(work, rows)
+        return Schedule(work, preempted)
+
+    def commit(self, sequence: Sequence, computed: int) -> None:
+        """Count `computed` tokens as cached and verified, and publish the blocks they fill."""
+        sequence.computed = computed
+        if not self._prefix_caching:
+            return
+        extend_digests(sequence.digests, sequence.tokens, self._block_size, computed)
+        while (sequence.published + 1) * self._block_size <= computed:
+            self._blocks.publish(sequence.table[sequence.published], sequence.digests[sequence.published])
+            sequence.published += 1
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a finished or aborted sequence and free its blocks, wherever it stands."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self._blocks.release(sequence.table)
+
+    def _admit(self, work: list[Work], rows: int) -> None:
+        passed_over: list[Sequence] = []
+        while self.waiting and rows > 0 and len(self.running) < self._max_num_seqs:
+            sequence = self.waiting.popleft()
+            if self._prefix_caching and sequence.leader is not None and self._is_ahead(sequence.leader):
+                passed_over.append(sequence)
+                continue
+            if not self._start(sequence):
+                self.waiting.appendleft(sequence)
+                break
+            known = min(_rows_left(sequence), rows)
+            work.append(Work(sequence, sequence.computed, known, 0))
+            rows -= known
+            self.running.append(sequence)
+        self.waiting.extendleft(reversed(passed_over))
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Hold blocks for every known token, reusing verified ones; False if there are too few."""
+        if self._prefix_caching and sequence.params.prompt_logprobs is None:
+            # The newest token is always computed: its logits are needed.
+            upto = len(sequence.tokens) - 1
+            extend_digests(sequence.digests, sequence.tokens, self._block_size, upto)
+            sequence.table = self._blocks.share(sequence.digests[: upto // self._block_size])
+        sequence.computed = sequence.published = len(sequence.table)
+        sequence.computed *= self._block_size
+        if not self._reserve(sequence, len(sequence.tokens)):
+            self._blocks.release(sequence.table)
+            sequence.computed = sequence.published = 0
+            return False
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+        return True
+
+    def _reserve(self, sequence: Sequence, slots: int) -> bool:
+        needed = self._blocks_for(slots) - len(sequence.table)
+        if needed <= 0:
+            return True
+        room = self._blocks_for(self._slots_at_most(sequence)) - len(sequence.table) - needed
+        return self._blocks.extend(sequence.table, needed, max(0, room))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.release(sequence.table)
+        sequence.computed = sequence.published = 0
+        self.waiting.appendleft(sequence)
+
+    def _is_ahead(self, leader: Sequence) -> bool:
+        return leader.finish_reason is None and not leader.prompt_computed
+
+    def _wanted_lookahead(self, sequence: Sequence) -> int:
+        """Drafts end one token before max_len: the verifier's own token is always the last."""
+        if not sequence.decoding:
+            return 0
+        return max(0, min(sequence.max_draft, sequence.max_len - len(sequence.tokens) - 1))
+
+    def _slots_at_most(self, sequence: Sequence) -> int:
+        # The last token of an output is never fed back, so it needs no slot.
+        return max(sequence.prompt_len, sequence.max_len - 1)
+
+    def _blocks_for(self, slots: int) -> int:
+        return -(-slots // self._block_size)
+
+
+def _rows_left(sequence: Sequence) -> int:
+    left = len(sequence.tokens) - sequence.computed
+    if sequence.params.prompt_logprobs is not None and not sequence.prompt_computed:
+        return min(left, PROMPT_LOGPROB_ROWS)
+    return left

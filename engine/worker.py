@@ -1,0 +1,106 @@
+"""The engine process: `python -m skippy.engine.worker READ_FD WRITE_FD`.
+
+Reads commands from one pipe, writes events to another (see `messages`), and exits when the
+command pipe closes. It has one thread: between two steps it takes whatever commands have
+come, and only with nothing to do does it wait for one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import sys
+
+from skippy.engine.config import EngineConfig
+from skippy.engine.engine import Engine
+from skippy.engine.errors import InvalidRequest, SkippyError
+from skippy.engine.messages import Abort, Add, Command, Event, Fatal, FrameReader, Ready, Start, Stepped, encode
+from skippy.engine.types import DraftCounts, SequenceOutput, StepOutput, StepStats
+
+READ_BYTES = 1 << 16
+
+logger = logging.getLogger("skippy.engine")
+
+
+class _Hangup(Exception):
+    """The server closed the command pipe."""
+
+
+class Worker:
+    """Moves commands into an engine and its steps out."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd, self._write_fd = read_fd, write_fd
+        self._frames = FrameReader(Command)  # type: ignore[arg-type]
+
+    def run(self) -> int:
+        """Serve until the pipe closes. Returns the exit code."""
+        try:
+            config = self._await_start()
+            try:
+                engine = Engine(config)
+            except SkippyError as error:
+                self._send(Fatal(str(error)))
+                return 2
+            self._send(Ready(engine.info))
+            while True:
+                self._take_commands(engine, wait=not engine.has_work)
+                if engine.has_work:
+                    self._send(Stepped(engine.step()))
+        except (_Hangup, BrokenPipeError):
+            return 0
+        except Exception as error:
+            logger.exception("the engine cannot go on")
+            self._send(Fatal(f"The engine failed: {type(error).__name__}: {error}"))
+            return 1
+
+    def _await_start(self) -> EngineConfig:
+        while True:
+            for command in self._read():
+                if not isinstance(command, Start):
+                    raise TypeError(f"the first command is {type(command).__name__}, not Start")
+                return command.config
+
+    def _take_commands(self, engine: Engine, *, wait: bool) -> None:
+        while wait or select.select([self._read_fd], [], [], 0)[0]:
+            for command in self._read():
+                self._obey(engine, command)
+            wait = False
+
+    def _obey(self, engine: Engine, command: Command) -> None:
+        if isinstance(command, Add):
+            try:
+                engine.add(command.request)
+            except InvalidRequest as error:
+                self._send(Stepped(_refusal(command.request.request_id, error)))
+        elif isinstance(command, Abort):
+            engine.abort(command.request_id)
+
+    def _read(self) -> list[Command]:
+        data = os.read(self._read_fd, READ_BYTES)
+        if not data:
+            raise _Hangup
+        return self._frames.feed(data)  # type: ignore[return-value]
+
+    def _send(self, event: Event) -> None:
+        frame = memoryview(encode(event))
+        while frame:
+            frame = frame[os.write(self._write_fd, frame) :]
+
+
+def _refusal(request_id: str, error: InvalidRequest) -> StepOutput:
+    output = SequenceOutput(request_id, 0, [], DraftCounts(), "none", finish_reason="error", error=error.message)
+    return StepOutput([output], StepStats())
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Ctrl-C goes to the whole process group; the server closes the pipe when it is done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Worker(int(sys.argv[1]), int(sys.argv[2])).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
