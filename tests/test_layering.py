@@ -1,0 +1,131 @@
+"""Who may import whom. Read from the source, so that imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import skippy.engine
+
+REPOSITORY = Path(__file__).parents[1]
+WITHOUT_TORCH = ("config", "controller", "errors", "messages", "scheduler", "tokenizer", "types")
+
+FORBIDDEN = [
+    # (modules, what they must not import, except in these)
+    ("skippy.engine", ("skippy.server", "fastapi", "starlette", "uvicorn", "pydantic", "httpx"), ()),
+    ("skippy.server", ("torch", "transformers", "bitsandbytes"), ()),
+    *((f"skippy.engine.{name}", ("torch",), ()) for name in WITHOUT_TORCH),
+    ("skippy.engine.model", ("skippy.engine.kv", "skippy.engine.scheduler"), ()),
+    ("skippy.engine.accept", ("skippy.engine.model",), ()),
+    ("skippy.engine.sampling", ("skippy.engine.model",), ()),
+    ("skippy", ("skippy.engine.bench",), ("skippy.engine.bench",)),
+    ("skippy", ("skippy.engine.training",), ("skippy.engine.training",)),
+    ("skippy.server", ("skippy.engine.run_bench", "skippy.engine.BenchOptions"), ("skippy.server.cli",)),
+    ("skippy", ("bitsandbytes",), ("skippy.engine.quant",)),
+    ("skippy", ("engine", "server"), ()),
+]
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every module of the package with its file."""
+    for folder in ("engine", "server"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            parts = path.relative_to(REPOSITORY).with_suffix("").parts
+            yield ".".join(["skippy", *parts]).removesuffix(".__init__"), path
+
+
+def at_run_time(node: ast.AST) -> Iterator[ast.AST]:
+    """A syntax tree without what only type checkers read."""
+    yield node
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from at_run_time(child)
+
+
+def imports(source: str) -> set[str]:
+    """The dotted names that some source imports when it runs: modules, and what is taken from them."""
+    names: set[str] = set()
+    for node in at_run_time(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = "import a.b\nfrom c import d as e\ndef f():\n    if x:\n        import g\n"
+    source += "if TYPE_CHECKING:\n    import h\n"
+    assert imports(source) == {"a.b", "c.d", "g"}
+    assert within("a.b", "a")
+    assert not within("ab", "a")
+
+
+def test_there_is_something_to_check() -> None:
+    modules = dict(sources())
+    assert {"skippy.engine", "skippy.engine.types", "skippy.server.cli"} <= modules.keys()
+
+
+@pytest.mark.parametrize(("package", "forbidden", "exempt"), FORBIDDEN)
+def test_forbidden_imports(package: str, forbidden: tuple[str, ...], exempt: tuple[str, ...]) -> None:
+    found = [
+        f"{module} imports {name}"
+        for module, path in sources()
+        if within(module, package) and not any(within(module, other) for other in exempt)
+        for name in imports(path.read_text(encoding="utf-8"))
+        if any(within(name, target) for target in forbidden)
+    ]
+    assert found == []
+
+
+def test_the_server_uses_public_names_of_the_engine_only() -> None:
+    public = {f"skippy.engine.{name}" for name in skippy.engine.__all__}
+    found = [
+        f"{module} imports {name}"
+        for module, path in sources()
+        if within(module, "skippy.server")
+        for name in imports(path.read_text(encoding="utf-8"))
+        if within(name, "skippy.engine") and name not in public
+        # The client of the engine process speaks its language.
+        if not (module == "skippy.server.client" and within(name, "skippy.engine.messages"))
+    ]
+    assert found == []
+
+
+def test_public_names_exist_and_are_sorted() -> None:
+    assert sorted(skippy.engine.__all__) == list(skippy.engine.__all__)
+    for name in skippy.engine.__all__:
+        assert getattr(skippy.engine, name) is not None
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has after a statement."""
+    script = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_the_server_process_never_loads_torch() -> None:
+    loaded = loaded_after("import skippy.server.app, skippy.server.cli, skippy.server.verify")
+    assert "fastapi" in loaded
+    assert not loaded & {"torch", "transformers", "bitsandbytes"}
+
+
+def test_what_is_pure_stays_pure_with_all_it_imports() -> None:
+    pure = {f"skippy.engine.{name}" for name in WITHOUT_TORCH}
+    present = [module for module, _ in sources() if module in pure]
+    loaded = loaded_after(f"import {', '.join(present)}")
+    assert len(present) > 3
+    assert not loaded & {"torch", "transformers", "fastapi", "pydantic"}
