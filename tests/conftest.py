@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 import tokenizers
+import uvicorn
+import uvloop
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from skippy.engine import Tokenizer
+from skippy.server.app import create_app
+from skippy.server.client import AsyncEngineClient
+from skippy.server.settings import Settings
 
 BUILTIN = Path(__file__).parents[1] / "engine" / "builtin"
+STUB_WORKER = (sys.executable, str(Path(__file__).with_name("stub_worker.py")))
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 
 
@@ -74,3 +87,80 @@ def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
             return Tokenizer.load(STORIES)
         case kind:
             return Tokenizer(_sentencepiece(metaspace=kind == "metaspace"), "<s>")
+
+
+class LiveServer:
+    """A server on a loopback port, in a thread of its own.
+
+    Attributes:
+        engine_pid: the engine process, there from the start.
+    """
+
+    def __init__(self, settings: Settings, worker_command: tuple[str, ...]) -> None:
+        self._settings = settings
+        self._command = worker_command
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._started: Future[int] = Future()
+        self._thread = threading.Thread(target=self._run)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.engine_pid = 0
+
+    def __enter__(self) -> LiveServer:
+        self._thread.start()
+        self.engine_pid = self._started.result(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(30)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+    def wait_until_loaded(self) -> LiveServer:
+        """Returns once /health says that requests can be served."""
+        with httpx.Client(transport=httpx.HTTPTransport(retries=5)) as http:
+            while (answer := http.get(f"{self.url}/health")).json()["status"] == "loading":
+                threading.Event().wait(0.01)
+        assert answer.status_code == 200, answer.text
+        return self
+
+    def _run(self) -> None:
+        try:
+            uvloop.run(self._serve())
+        except BaseException as error:
+            if self._started.done():
+                raise
+            self._started.set_exception(error)
+
+    async def _serve(self) -> None:
+        client = await AsyncEngineClient.start(self._settings.engine_config(), self._command)
+        try:
+            app = create_app(client, self._settings)
+            self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+            serving = asyncio.create_task(self._server.serve([self._listener]))
+            self._started.set_result(client.pid)
+            await serving
+        finally:
+            await client.close()
+
+
+ServerFactory = Callable[..., AbstractContextManager[LiveServer]]
+
+
+@pytest.fixture(scope="session")
+def server_with() -> ServerFactory:
+    """Starts a server on the scripted engine: options for that as arguments, settings as keywords."""
+
+    @contextmanager
+    def start(*worker_options: str, **settings: object) -> Iterator[LiveServer]:
+        with LiveServer(Settings.model_validate(settings), (*STUB_WORKER, *worker_options)) as server:
+            yield server
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def server(server_with: ServerFactory) -> Iterator[LiveServer]:
+    """A loaded server on the scripted engine, for tests that leave it as it was."""
+    with server_with() as server:
+        yield server.wait_until_loaded()

@@ -1,0 +1,104 @@
+"""What one client may take: bytes of a body, places in the queue, and no time after it has left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.types import Receive
+
+from skippy.engine import InvalidRequest
+from skippy.server.errors import ApiError
+
+MAX_BODY_BYTES = 16 * 2**20
+RETRY_SECONDS = 1
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody reads an answer."""
+
+
+async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
+    """The request's body.
+
+    Raises:
+        ApiError: 413, it is longer than `limit` bytes.
+    """
+    length = request.headers.get("content-length", "")
+    body = bytearray()
+    if not length.isdecimal() or int(length) <= limit:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                break
+        else:
+            return bytes(body)
+    # What is left of the body would be taken for the next request.
+    raise ApiError(413, f"The body is longer than {limit} bytes.", headers={"connection": "close"})
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled, and has ended, if the client leaves first.
+
+    Raises:
+        ClientGone: it left.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Admission:
+    """Counts the sequences inside the server, so that the queue has an end.
+
+    Args:
+        max_waiting: how many may wait behind those that the engine runs.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        self._inside = 0
+
+    @contextmanager
+    def admit(self, sequences: int, max_running: int) -> Iterator[None]:
+        """Hold places for the sequences of one request; the engine runs `max_running` at a time.
+
+        Raises:
+            InvalidRequest: they would not even fit into an idle server.
+            ApiError: 429, they do not fit now.
+        """
+        capacity = max_running + self._max_waiting
+        if sequences > capacity:
+            raise InvalidRequest(
+                f"The request asks for {sequences} sequences; this server takes {capacity} at a time.", "n"
+            )
+        if self._inside + sequences > capacity:
+            raise ApiError(
+                429,
+                "Too many requests are waiting; try again later.",
+                code="queue_full",
+                headers={"retry-after": str(RETRY_SECONDS)},
+            )
+        self._inside += sequences
+        try:
+            yield
+        finally:
+            self._inside -= sequences
