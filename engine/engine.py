@@ -42,6 +42,10 @@ logger = logging.getLogger("skippy.engine")
 class Engine:
     """Serves requests with one model on one device. Not thread-safe: one caller, step by step.
 
+    Attributes:
+        info: what was loaded.
+        runner, states: the model's passes, and how to choose for each live sequence; for drafters.
+
     Raises:
         CheckpointError: the model cannot be loaded.
         ConfigError: the configuration cannot be met on this machine.
@@ -72,7 +76,7 @@ class Engine:
         if config.drafter not in self._drafters:
             raise ConfigError(f"There is no drafter {config.drafter!r}; there are: {', '.join(self._drafters)}.")
         self._sequences: dict[str, list[Sequence]] = {}
-        self._states: dict[Sequence, SamplingState] = {}
+        self.states: dict[Sequence, SamplingState] = {}
         self._errors: list[SequenceOutput] = []
         self.info = self._describe()
 
@@ -109,7 +113,7 @@ class Engine:
             )
             self._scheduler.add(sequence)  # refuses the first choice or none: they are of one size
             sequences.append(sequence)
-            self._states[sequence] = self._sampling_state(sequence)
+            self.states[sequence] = self._sampling_state(sequence)
         self._sequences[request.request_id] = sequences
 
     def abort(self, request_id: str) -> None:
@@ -146,7 +150,7 @@ class Engine:
         self._blocks.check()
         if not self.has_work:
             assert self._blocks.num_held == 0, f"{self._blocks.num_held} blocks are held, and nothing runs"
-            assert not self._states, "sampling states outlive their sequences"
+            assert not self.states, "sampling states outlive their sequences"
 
     def _propose(self, schedule: Schedule) -> list[list[int]]:
         """The drafts of every piece of work, in order; empty where nothing is drafted."""
@@ -163,7 +167,7 @@ class Engine:
 
     def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
         return [
-            RowGroup(self._states[work.sequence], len(work.sequence.tokens), draft)
+            RowGroup(self.states[work.sequence], len(work.sequence.tokens), draft)
             for work, draft in zip(schedule.work, drafts, strict=True)
             if work.chooses
         ]
@@ -204,7 +208,7 @@ class Engine:
             return self._output(sequence, [], None, "length") if work.chooses else None
         verdict = accept(draft, chosen, sequence.eos_ids, room)
         sequence.tokens += verdict.emitted
-        self._states[sequence].extend(verdict.emitted)
+        self.states[sequence].extend(verdict.emitted)
         self._scheduler.commit(sequence, work.start + work.num_known + min(verdict.accepted, len(verdict.emitted) - 1))
         self._count(sequence, draft, verdict, stats)
         finish: FinishReason | None = None
@@ -271,7 +275,7 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self._scheduler.remove(sequence)
-        del self._states[sequence]
+        del self.states[sequence]
         siblings = self._sequences[sequence.request.request_id]
         siblings.remove(sequence)
         if not siblings:

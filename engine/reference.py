@@ -1,0 +1,102 @@
+"""The naive oracle: what the engine must emit, computed in the plainest way.
+
+No cache, no batch, no draft, no packing: every token costs a pass over all that precedes
+it. Only the definition of the noise is shared with the fast path. It is slow, and meant
+for tests and for reading.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from skippy.engine.model import CausalLM, full_plan
+from skippy.engine.sampling import SamplingState, gumbel
+from skippy.engine.tensors import TokenBatch
+from skippy.engine.types import SamplingParams
+
+
+class _DenseAttention:
+    """Causal attention over the rows of one pass, which hold one whole sequence."""
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        del layer
+        group = queries.shape[1] // keys.shape[1]
+        q, k, v = (t.transpose(0, 1) for t in (queries, keys, values))
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        return (weights @ v).transpose(0, 1).reshape(len(queries), -1)
+
+
+@torch.inference_mode()
+def reference_logits(model: CausalLM, tokens: Sequence[int]) -> Tensor:
+    """Logits of every position, [len(tokens), vocabulary] float32. The model is not packed."""
+    count = len(tokens)
+    batch = TokenBatch(
+        token_ids=torch.tensor(tokens),
+        positions=torch.arange(count),
+        slots=torch.arange(count),
+        segments=[],
+        logit_rows=torch.arange(count),
+    )
+    return model.logits(model(batch, full_plan(model.config), _DenseAttention()))
+
+
+def reference_choice(
+    logits: Tensor, params: SamplingParams, prompt_len: int, tokens: Sequence[int], ends: Collection[int], key: int
+) -> tuple[int, float]:
+    """The token that follows `tokens`, and by how much it won (in logits, noise included). logits [V]."""
+    x = logits.double().clone()
+    output = list(tokens[prompt_len:])
+    for token in set(tokens):
+        x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+    for token in set(output):
+        x[token] -= output.count(token) * params.frequency_penalty + params.presence_penalty
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    if len(output) < params.min_tokens:
+        x[list(ends)] = -math.inf
+    if not params.greedy:
+        x = _truncate((x / params.temperature).log_softmax(-1), params)
+        ids = torch.arange(len(x))
+        x = x + gumbel(torch.full_like(ids, key & 0xFFFFFFFF), torch.full_like(ids, key >> 32), ids)
+    first, second = x.topk(2).values.tolist()
+    return int(x.argmax()), first - second
+
+
+def _truncate(logp: Tensor, params: SamplingParams) -> Tensor:
+    order = logp.argsort(descending=True, stable=True)
+    if params.top_k:
+        logp[order[params.top_k :]] = -math.inf
+    mass_before, total = 0.0, float(logp.exp().sum())
+    for token in order.tolist():
+        if mass_before >= params.top_p * total:
+            logp[token] = -math.inf
+        mass_before += math.exp(logp[token])
+    if params.min_p:
+        logp[logp < logp.max() + math.log(params.min_p)] = -math.inf
+    return logp
+
+
+def reference_generate(
+    model: CausalLM, prompt: Sequence[int], params: SamplingParams, eos_ids: Collection[int], choice: int = 0
+) -> tuple[list[int], list[float]]:
+    """The tokens that follow `prompt`, and the margin by which each was chosen."""
+    assert params.seed is not None
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_ids))
+    # Only its key is used: the logits are altered above, in a way of its own.
+    state = SamplingState(params, prompt, params.seed, choice, (), model.config.vocab_size, torch.device("cpu"))
+    tokens, margins = list(prompt), []
+    while len(tokens) < len(prompt) + params.max_tokens:
+        logits = reference_logits(model, tokens)[-1]
+        token, margin = reference_choice(logits, params, len(prompt), tokens, ends, state.key(len(tokens)))
+        tokens.append(token)
+        margins.append(margin)
+        if token in ends:
+            break
+    return tokens[len(prompt) :], margins
