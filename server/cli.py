@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SkippyError as error:
-        print(f"skippy: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"skippy: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -66,7 +66,7 @@ def test_mistakes_are_told_in_one_line(arguments: str, message: str, capsys: pyt
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert err.startswith("skippy: ")
+    assert err.startswith("skippy: error: ")
     assert re.search(message, err), err
 
 
@@ -145,7 +145,7 @@ def test_print_config(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code", "told"),
-    [(EngineDead("it\nis gone"), 2, "skippy: it is gone\n"), (KeyboardInterrupt(), 130, "")],
+    [(EngineDead("it\nis gone"), 2, "skippy: error: it is gone\n"), (KeyboardInterrupt(), 130, "")],
 )
 def test_how_a_command_may_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, told: str
@@ -210,5 +210,5 @@ def test_generate_writes_the_same_text_whatever_the_drafter() -> None:
 def test_generate_without_a_model_or_drafter_says_so_in_one_line(flags: list[str]) -> None:
     done = skippy("generate", *flags, "-p", "x")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("skippy: ")
+    assert done.stderr.startswith("skippy: error: ")
     assert done.stderr.count("\n") == 1
