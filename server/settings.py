@@ -194,9 +194,20 @@ def from_environment(environ: Mapping[str, str]) -> Layer:
     return layer
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """YAML says that keys are unique; PyYAML alone would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is set twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def from_yaml(path: str) -> Layer:
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document = yaml.load(Path(path).read_text(encoding="utf-8"), _OneOfEachKey)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the config file {path}: {reason}") from error

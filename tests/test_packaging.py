@@ -22,6 +22,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from skippy.server.metrics import Metrics
+
 REPOSITORY = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
 PACKAGE_DIR: dict[str, str] = PYPROJECT["tool"]["setuptools"]["package-dir"]
@@ -159,6 +161,12 @@ class TestReadme:
                     assert "skippy" in json.loads(text)
                 case _:
                     assert subprocess.run(["sh", "-n", "-c", text], check=False).returncode == 0, text
+
+    def test_its_metrics_exist(self) -> None:
+        exported = Metrics().render().decode()
+        names = re.findall(r"`(skippy_\w+)", README)
+        assert len(names) > 10
+        assert [name for name in names if name not in exported] == []
 
     def test_its_links_lead_somewhere(self) -> None:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):

@@ -104,6 +104,7 @@ class TestRefusals:
             ("port: [1]", "port in .* must be a single value"),
             ("port: {a: 1}", "port in .* must be a single value"),
             ("port: [", "is not YAML"),
+            ("port: 1\nhost: a\nport: 2", "port is set twice"),
             ("port: yes", "bad value 'True' for port .from .*skippy.yaml"),
         ],
     )
