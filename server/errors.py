@@ -87,7 +87,8 @@ def install(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
-            error = ApiError(error.status_code, f"{_explain_status(error)}: {request.method} {request.url.path}.")
+            where = f"{request.method} {request.url.path}"
+            error = ApiError(error.status_code, f"{_explain_status(error)}: {where}.", headers=error.headers)
         return as_api_error(error).response()
 
     for kind in (ApiError, InvalidRequest, EngineDead, ValidationError, HTTPException):

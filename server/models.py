@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from skippy.server.client import AsyncEngineClient
 from skippy.server.errors import ApiError
 from skippy.server.schemas import ModelCard, ModelList
 from skippy.server.sse import json_response
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,10 @@ class Serving:
             self._model = ServedModel(self._name, int(time.time()), info, tokenizer)
         except SkippyError as error:
             self._failure = str(error)
-        finally:
-            self._settled.set()
+        except Exception as error:
+            logger.exception("The model cannot be loaded.")
+            self._failure = f"The model cannot be loaded: {error}"
+        self._settled.set()  # not when cancelled: the server stops before it knows
 
     async def wait(self) -> ServedModel:
         """The model, once it is loaded.

@@ -1,0 +1,116 @@
+"""Body sizes, the length of the queue, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from skippy.engine import InvalidRequest
+from skippy.server.errors import ApiError
+from skippy.server.limits import MAX_BODY_BYTES, Admission, ClientGone, until_disconnect
+
+if TYPE_CHECKING:
+    from tests.conftest import LiveServer
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_long(server: LiveServer, announced: bool) -> None:
+    size = MAX_BODY_BYTES + 1
+
+    def chunks() -> Iterator[bytes]:
+        for start in range(0, size, 65536):
+            yield b" " * min(65536, size - start)
+
+    content: Any = b" " * size if announced else chunks()
+    # The server answers without reading on; the client may notice that while it still sends.
+    with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):
+        answer = httpx.post(f"{server.url}/v1/completions", content=content)
+        assert answer.status_code == 413
+        assert str(MAX_BODY_BYTES) in answer.json()["error"]["message"]
+    assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_admission_has_room_for_the_running_and_the_waiting() -> None:
+    admission = Admission(max_waiting=2)
+    with admission.admit(4, max_running=4):
+        with admission.admit(2, max_running=4), pytest.raises(ApiError) as caught, admission.admit(1, max_running=4):
+            pass
+        assert caught.value.status == 429
+        with admission.admit(2, max_running=4):
+            pass
+    with pytest.raises(InvalidRequest), admission.admit(7, max_running=4):
+        pass
+    with contextlib.suppress(ZeroDivisionError), admission.admit(6, max_running=4):
+        raise ZeroDivisionError
+    with admission.admit(6, max_running=4):
+        pass
+
+
+class Receive:
+    """An ASGI receive whose client leaves when `gone` is set."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+        self.calls = 0
+
+    async def __call__(self) -> dict[str, Any]:
+        self.calls += 1
+        if self.calls == 1:
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+def test_work_ends_with_its_result_its_error_or_its_client() -> None:
+    async def test() -> None:
+        receive = Receive()
+        assert await until_disconnect(receive, asyncio.sleep(0, "done")) == "done"
+
+        async def fail() -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await until_disconnect(receive, fail())
+
+        ended = []
+
+        async def work() -> None:
+            receive.gone.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                ended.append(True)
+
+        with pytest.raises(ClientGone):
+            await until_disconnect(receive, work())
+        assert ended, "the work has ended, not only been told to"
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(test())
+
+
+def test_a_cancelled_wait_cancels_the_work() -> None:
+    async def test() -> None:
+        ended = asyncio.Event()
+
+        async def work() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        waiting = asyncio.create_task(until_disconnect(Receive(), work()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert ended.is_set()
+
+    asyncio.run(test())
