@@ -15,7 +15,7 @@ from skippy.engine import SequenceOutput, SkippyError
 from skippy.server.choices import Choice, Collected, Delta, TextOptions
 from skippy.server.client import AsyncEngineClient, Generation
 from skippy.server.errors import ApiError
-from skippy.server.limits import Admission, ClientGone, read_body, until_disconnect
+from skippy.server.limits import Admission, read_body, until_disconnect
 from skippy.server.metrics import Metrics
 from skippy.server.models import ServedModel, Serving
 from skippy.server.requests import PreparedPrompt, prepare
@@ -29,9 +29,6 @@ from skippy.server.schemas import (
     Usage,
 )
 from skippy.server.sse import DONE, EventStream, event, json_response
-
-CLIENT_CLOSED_REQUEST = 499
-"""For the access log only: nobody is there to read it."""
 
 
 def router(serving: Serving, metrics: Metrics, admission: Admission) -> APIRouter:
@@ -47,11 +44,8 @@ def router(serving: Serving, metrics: Metrics, admission: Admission) -> APIRoute
         run = CompletionRun(completion_id, body, model, prompts, Measured(metrics, arrival))
         if body.stream:
             return EventStream(run.stream(serving.client, admission))
-        try:
-            answer = run.whole(serving.client, admission)
-            return json_response(await until_disconnect(request.receive, answer))
-        except ClientGone:
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        answer = run.whole(serving.client, admission)
+        return json_response(await until_disconnect(request.receive, answer))
 
     return routes
 

@@ -19,6 +19,10 @@ from skippy.engine import EngineDead, InvalidRequest
 logger = logging.getLogger(__name__)
 
 
+CLIENT_CLOSED_REQUEST = 499
+"""For the access log only: nobody is there to read it."""
+
+
 class ErrorBody(msgspec.Struct):
     message: str
     type: str
@@ -52,6 +56,10 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         return Response(self.encode(), self.status, self.headers, "application/json")
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody reads an answer."""
 
 
 def _type_of(status: int) -> str:
@@ -93,7 +101,12 @@ def install(app: FastAPI) -> None:
 
     for kind in (ApiError, InvalidRequest, EngineDead, ValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
+    app.add_exception_handler(ClientGone, _answer_nobody)
     app.add_exception_handler(Exception, _answer_unexpected)
+
+
+async def _answer_nobody(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def _answer_unexpected(_request: Request, _error: Exception) -> Response:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from skippy.engine import InvalidRequest
-from skippy.server.errors import ApiError
+from skippy.server.errors import ApiError, ClientGone
 
 MAX_BODY_BYTES = 16 * 2**20
 RETRY_SECONDS = 1
@@ -19,25 +20,25 @@ RETRY_SECONDS = 1
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
-    """The client closed its connection; nobody reads an answer."""
-
-
 async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
     """The request's body.
 
     Raises:
         ApiError: 413, it is longer than `limit` bytes.
+        ClientGone: the client left before its end.
     """
     length = request.headers.get("content-length", "")
     body = bytearray()
     if not length.isdecimal() or int(length) <= limit:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                break
-        else:
-            return bytes(body)
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    break
+            else:
+                return bytes(body)
+        except ClientDisconnect as error:
+            raise ClientGone from error
     # What is left of the body would be taken for the next request.
     raise ApiError(413, f"The body is longer than {limit} bytes.", headers={"connection": "close"})
 

@@ -9,8 +9,8 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from skippy.server.errors import as_api_error
-from skippy.server.limits import ClientGone, until_disconnect
+from skippy.server.errors import ClientGone, as_api_error
+from skippy.server.limits import until_disconnect
 
 DONE = b"data: [DONE]\n\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,11 @@ import httpx
 import pytest
 
 from skippy.engine import InvalidRequest
-from skippy.server.errors import ApiError
-from skippy.server.limits import MAX_BODY_BYTES, Admission, ClientGone, until_disconnect
+from skippy.server.errors import ApiError, ClientGone
+from skippy.server.limits import MAX_BODY_BYTES, Admission, until_disconnect
 
 if TYPE_CHECKING:
-    from tests.conftest import LiveServer
+    from tests.conftest import LiveServer, ServerFactory
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -33,6 +34,18 @@ def test_a_body_that_is_too_long(server: LiveServer, announced: bool) -> None:
         assert answer.status_code == 413
         assert str(MAX_BODY_BYTES) in answer.json()["error"]["message"]
     assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_a_client_that_leaves_within_its_body_is_no_failure(
+    server_with: ServerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    with server_with() as server:
+        server.wait_until_loaded()
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            assert httpx.get(f"{server.url}/health").status_code == 200  # the request has been read by then
+    assert "ERROR" not in caplog.text
 
 
 def test_admission_has_room_for_the_running_and_the_waiting() -> None:
