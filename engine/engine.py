@@ -44,6 +44,7 @@ class Engine:
 
     Attributes:
         info: what was loaded.
+        drafters: those that requests may name.
         runner, states: the model's passes, and how to choose for each live sequence; for drafters.
 
     Raises:
@@ -70,11 +71,11 @@ class Engine:
             config.max_num_batched_tokens,
             config.enable_prefix_caching,
         )
-        self._drafters: dict[str, Drafter] = {}
+        self.drafters: dict[str, Drafter] = {}
         for drafter in (NoDrafter(), NgramDrafter()):
             self.add_drafter(drafter)
-        if config.drafter not in self._drafters:
-            raise ConfigError(f"There is no drafter {config.drafter!r}; there are: {', '.join(self._drafters)}.")
+        if config.drafter not in self.drafters:
+            raise ConfigError(f"There is no drafter {config.drafter!r}; there are: {', '.join(self.drafters)}.")
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
         self._errors: list[SequenceOutput] = []
@@ -82,7 +83,7 @@ class Engine:
 
     def add_drafter(self, drafter: Drafter) -> None:
         """Let requests name one more drafter."""
-        self._drafters[drafter.name] = drafter
+        self.drafters[drafter.name] = drafter
 
     @property
     def has_work(self) -> bool:
@@ -155,7 +156,7 @@ class Engine:
     def _propose(self, schedule: Schedule) -> list[list[int]]:
         """The drafts of every piece of work, in order; empty where nothing is drafted."""
         drafts: list[list[int]] = [[] for _ in schedule.work]
-        for name, drafter in self._drafters.items():
+        for name, drafter in self.drafters.items():
             places = [i for i, work in enumerate(schedule.work) if work.lookahead and work.sequence.drafter == name]
             if places:
                 work = [schedule.work[i] for i in places]
@@ -332,8 +333,8 @@ class Engine:
             foreign = [token for token in ids if not 0 <= token < vocab]
             if foreign:
                 raise InvalidRequest(f"{name} holds token id {foreign[0]}; this model's ids end at {vocab - 1}.", name)
-        if request.drafter is not None and request.drafter not in self._drafters:
-            known = ", ".join(self._drafters)
+        if request.drafter is not None and request.drafter not in self.drafters:
+            known = ", ".join(self.drafters)
             raise InvalidRequest(f"There is no drafter {request.drafter!r}; there are: {known}.", "skippy.drafter")
         if (request.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
             raise InvalidRequest(
@@ -377,7 +378,7 @@ class Engine:
             bos_token_id=checkpoint.bos_token_id,
             eos_token_ids=list(checkpoint.eos_token_ids),
             drafter=self._config.drafter,
-            drafters=list(self._drafters),
+            drafters=list(self.drafters),
             num_speculative_tokens=self._config.num_speculative_tokens,
             max_speculative_tokens=MAX_SPECULATIVE_TOKENS,
             block_size=pool.block_size,

@@ -1,0 +1,259 @@
+"""What a caller of Engine sees: choices, limits, stops, logprobs, aborts, failures."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support_engine import OracleDrafter, run_dry, tokens_of, write_checkpoint
+
+from skippy.engine import ConfigError, Engine, EngineConfig, InvalidRequest, Request, SamplingParams, SequenceOutput
+from skippy.engine.reference import reference_logits
+from skippy.engine.weights import load_model, open_checkpoint
+
+PROMPT = (1, 5, 9, 5, 9, 5, 9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def shared_engine(folder: Path) -> Engine:
+    return Engine(EngineConfig(model=str(folder), dtype="float32", block_size=16))
+
+
+@pytest.fixture
+def engine(shared_engine: Engine) -> Iterator[Engine]:
+    """An idle engine; the test must leave it idle."""
+    yield shared_engine
+    assert not shared_engine.has_work
+    shared_engine.check()
+
+
+def run(engine: Engine, prompt: tuple[int, ...] = PROMPT, n: int = 1, **params: object) -> list[SequenceOutput]:
+    """All outputs of one request, in order."""
+    request = Request("r", prompt, SamplingParams(**params), n=n)  # type: ignore[arg-type]
+    return [output for parts in run_dry(engine, [request]).values() for output in parts]
+
+
+def test_max_tokens_ends_with_length(engine: Engine) -> None:
+    outputs = run(engine, max_tokens=7, temperature=0, ignore_eos=True)
+    assert sum(len(o.token_ids) for o in outputs) == 7
+    assert [o.finish_reason for o in outputs if o.finish_reason] == ["length"]
+    assert outputs[-1].counts.steps == len(outputs)
+
+
+def test_max_tokens_zero_computes_the_prompt_alone(engine: Engine) -> None:
+    (output,) = run(engine, max_tokens=0, prompt_logprobs=0)
+    assert (output.token_ids, output.finish_reason) == ([], "length")
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(PROMPT)
+
+
+def test_a_stop_id_ends_the_output_and_is_part_of_it(engine: Engine) -> None:
+    free = [t for o in run(engine, max_tokens=12, temperature=0, ignore_eos=True) for t in o.token_ids]
+    stop = free[6]
+    outputs = run(engine, max_tokens=12, temperature=0, ignore_eos=True, stop_token_ids=(stop,))
+    tokens = [t for o in outputs for t in o.token_ids]
+    assert tokens == free[: free.index(stop) + 1]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
+
+
+def test_every_eos_id_of_the_generation_config_ends_the_output(folder: Path, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "m")
+    free = [
+        t
+        for o in run(Engine(EngineConfig(model=str(folder), dtype="float32")), max_tokens=12, temperature=0)
+        for t in o.token_ids
+    ]
+    (model / "generation_config.json").write_text(f'{{"eos_token_id": [96, {free[4]}]}}')
+    engine = Engine(EngineConfig(model=str(model), dtype="float32"))
+    assert set(engine.info.eos_token_ids) == {2, 96, free[4]}
+    outputs = run(engine, max_tokens=12, temperature=0)
+    assert [t for o in outputs for t in o.token_ids] == free[: free.index(free[4]) + 1]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", None)
+
+
+def test_choices_differ_and_share_the_prompt(engine: Engine) -> None:
+    prompt = tuple(range(3, 60))
+    outputs = run_dry(engine, [Request("r", prompt, SamplingParams(max_tokens=8, seed=7), n=3)])
+    tokens = tokens_of(outputs)
+    assert len({tuple(t) for t in tokens.values()}) == 3
+    assert outputs["r", 0][0].cached_tokens == 0
+    # 57 tokens are three full blocks of 16; the choices behind the first take them from it.
+    assert [outputs["r", i][0].cached_tokens for i in (1, 2)] == [48, 48]
+
+
+def test_without_a_seed_outputs_differ_from_run_to_run(engine: Engine) -> None:
+    runs = {tuple(t for o in run(engine, max_tokens=10) for t in o.token_ids) for _ in range(4)}
+    assert len(runs) > 1
+
+
+def test_logprobs_are_those_of_the_raw_logits(engine: Engine, folder: Path) -> None:
+    checkpoint = open_checkpoint(str(folder))
+    naive = load_model(checkpoint, torch.float32, torch.device("cpu"), 256)
+    outputs = run(engine, max_tokens=10, temperature=0.7, seed=3, frequency_penalty=1.0, logprobs=3, prompt_logprobs=2)
+    tokens = [t for o in outputs for t in o.token_ids]
+    expected = reference_logits(naive, [*PROMPT, *tokens]).log_softmax(-1)
+    entries = [entry for o in outputs for entry in o.logprobs or []]
+    assert [entry.token_id for entry in entries] == tokens
+    for row, entry in enumerate(entries, len(PROMPT) - 1):
+        assert entry.logprob == pytest.approx(float(expected[row, entry.token_id]), abs=1e-4)
+        assert [token for token, _ in entry.top] == expected[row].topk(3).indices.tolist()
+    of_prompt = [p for o in outputs for p in o.prompt_logprobs or []]
+    assert of_prompt[0] is None
+    for row, maybe in enumerate(of_prompt[1:]):
+        assert maybe is not None
+        assert maybe.token_id == PROMPT[row + 1]
+        assert maybe.logprob == pytest.approx(float(expected[row, maybe.token_id]), abs=1e-4)
+
+
+def test_prompt_logprobs_of_a_long_prompt_come_once_and_whole(engine: Engine) -> None:
+    prompt = tuple(random.Random(0).choices(range(3, 97), k=200))
+    outputs = run(engine, prompt, max_tokens=2, prompt_logprobs=0)
+    assert [len(o.prompt_logprobs) for o in outputs if o.prompt_logprobs] == [200]
+
+
+def test_a_second_request_reuses_verified_blocks(engine: Engine) -> None:
+    prompt = tuple(random.Random(1).choices(range(3, 97), k=70))
+    first = run(engine, prompt, max_tokens=30, temperature=0, ignore_eos=True)
+    tokens = [t for o in first for t in o.token_ids]
+    again = run(engine, prompt, max_tokens=30, temperature=0, ignore_eos=True)
+    assert (first[0].cached_tokens, again[0].cached_tokens) == (0, 64)
+    assert [t for o in again for t in o.token_ids] == tokens
+    # The output is verified as well: a follow-up finds all but the last, never cached, token.
+    longer = run(engine, (*prompt, *tokens), max_tokens=1)
+    assert longer[0].cached_tokens == (70 + 30 - 1) // 16 * 16
+
+
+def test_abort_at_any_moment_frees_everything_and_disturbs_nobody(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    alone = tokens_of(run_dry(engine, [Request("a", PROMPT, params)]))["a", 0]
+    engine.add_drafter(OracleDrafter({("a", 0): alone, ("b", 0): alone, ("b", 1): alone}))
+    for moment in range(12):
+        engine.add(Request("a", PROMPT, params, drafter="oracle"))
+        engine.add(Request("b", PROMPT, params, n=2, drafter="oracle"))
+        seen: list[int] = []
+        for step in range(100):
+            if step == moment:
+                engine.abort("b")
+                engine.abort("never heard of")
+            if not engine.has_work:
+                break
+            seen += [t for o in engine.step().outputs if o.request_id == "a" for t in o.token_ids]
+        assert seen == alone
+        engine.check()
+
+
+def test_a_failed_step_ends_its_requests_and_no_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+    alone = tokens_of(run_dry(engine, [Request("later", PROMPT, params)]))
+    engine.add(Request("doomed", PROMPT, params))
+    engine.step()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of something")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner.model, "forward", broken)
+        (output,) = engine.step().outputs
+    assert (output.request_id, output.finish_reason) == ("doomed", "error")
+    assert output.error is not None
+    assert "out of something" in output.error
+    engine.check()
+    assert tokens_of(run_dry(engine, [Request("later", PROMPT, params)])) == alone
+
+
+def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+    alone = tokens_of(run_dry(engine, [Request("good", PROMPT, params)]))["good", 0]
+    embed = engine.runner.model.model.embed_tokens
+    poison = 96
+
+    def embed_with_nan(ids: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.embedding(ids, embed.weight)
+        x[ids == poison] = float("nan")
+        return x
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "forward", embed_with_nan)
+        engine.add(Request("bad", (5, poison, 7), params))
+        engine.add(Request("good", PROMPT, params))
+        ends, good = {}, []
+        while engine.has_work:
+            for output in engine.step().outputs:
+                good += output.token_ids if output.request_id == "good" else []
+                if output.finish_reason:
+                    ends[output.request_id] = output.finish_reason
+    assert ends == {"bad": "error", "good": "length"}
+    assert good == alone
+    assert not torch.isnan(engine.runner.pool.values[:, : engine.runner.pool.padding_slot]).any()
+
+
+@pytest.mark.parametrize(
+    ("request_of", "param"),
+    [
+        (lambda: Request("r", PROMPT, SamplingParams(max_tokens=250)), "max_tokens"),
+        (lambda: Request("r", (5,) * 257, SamplingParams(max_tokens=0)), "max_tokens"),
+        (lambda: Request("r", (97,)), "prompt"),
+        (lambda: Request("r", (-1,)), "prompt"),
+        (lambda: Request("r", PROMPT, SamplingParams(stop_token_ids=(500,))), "stop_token_ids"),
+        (lambda: Request("r", PROMPT, SamplingParams(logit_bias={97: 1.0})), "logit_bias"),
+        (lambda: Request("r", PROMPT, drafter="psychic"), "skippy.drafter"),
+        (lambda: Request("r", PROMPT, num_speculative_tokens=1000), "skippy.num_speculative_tokens"),
+        (lambda: Request("r", ()), "prompt"),
+        (lambda: Request("r", PROMPT, n=0), "n"),
+        (lambda: Request("r", PROMPT, n=129), "n"),
+    ],
+)
+def test_a_request_that_can_never_be_served_is_refused_by_name(engine: Engine, request_of: object, param: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        engine.add(request_of())  # type: ignore[operator]
+    assert refusal.value.param == param
+
+
+def test_a_running_id_cannot_be_used_again(engine: Engine) -> None:
+    engine.add(Request("r", PROMPT))
+    with pytest.raises(InvalidRequest, match="running already"):
+        engine.add(Request("r", PROMPT))
+    engine.abort("r")
+
+
+def test_a_request_larger_than_the_cache_is_refused_at_once(folder: Path) -> None:
+    block = 16 * 3 * 2 * 2 * 16 * 4
+    engine = Engine(EngineConfig(model=str(folder), dtype="float32", block_size=16, kv_cache_memory_bytes=4 * block))
+    assert engine.info.max_model_len == 48
+    with pytest.raises(InvalidRequest):
+        engine.add(Request("r", PROMPT, SamplingParams(max_tokens=60)))
+    assert not engine.has_work
+
+
+def test_an_unknown_drafter_cannot_be_configured(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="psychic"):
+        Engine(EngineConfig(model=str(folder), drafter="psychic"))
+
+
+def test_stats_add_up(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+    alone = tokens_of(run_dry(engine, [Request("a", PROMPT, params)]))["a", 0]
+    engine.add_drafter(OracleDrafter({("a", 0): alone}))
+    steps = []
+    request = Request("a", PROMPT, params, drafter="oracle", num_speculative_tokens=3)
+    outputs = run_dry(engine, [request], on_step=steps.append)["a", 0]
+    counts = outputs[-1].counts
+    assert sum(s.generation_tokens for s in steps) == 20
+    assert sum(s.prompt_tokens for s in steps) == len(PROMPT) - outputs[0].cached_tokens
+    assert sum(s.draft_tokens for s in steps) == counts.drafted
+    assert sum(s.accepted_tokens for s in steps) == counts.accepted == counts.drafted
+    assert sum(s.drafts for s in steps) == len([a for s in steps for a in s.accepted_per_step])
+    assert sum(sum(s.accepted_per_pos) for s in steps) == counts.accepted
+    # One token from the prompt's own pass, then steps of three drafted and one of the verifier's.
+    assert counts.steps == 1 + -(-19 // 4)
+    assert 20 == counts.steps + counts.accepted

@@ -1,0 +1,85 @@
+"""The promise: no drafter, batch or load changes a token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support_engine import IdentityDrafter, run_dry, tokens_of, write_checkpoint
+from support_exactness import Answers, assert_exact, reference_answers
+
+from skippy.engine import Engine, EngineConfig, Request, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> Answers:
+    return reference_answers(folder)
+
+
+def test_every_drafter_and_mode_emits_what_the_reference_emits(folder: Path, answers: Answers) -> None:
+    tallies = assert_exact(folder, answers)
+    assert set(tallies) == {"none", "ngram", "oracle", "wrong", "off-by-one", "random", "identity"}
+    assert tallies["none"].drafted == 0
+    assert tallies["wrong"].drafted > 100
+    assert tallies["wrong"].accepted < tallies["wrong"].drafted // 10
+    for name in ("oracle", "identity"):
+        assert tallies[name].accepted == tallies[name].drafted > 100
+    for name in ("ngram", "random", "off-by-one"):
+        assert 0 < tallies[name].accepted < tallies[name].drafted
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 9, "max_num_seqs": 3},
+        {"kv_cache_memory_bytes": 12 * 16 * 3 * 2 * 32 * 4},
+    ],
+    ids=["no prefix cache", "chunked prompts", "preemption"],
+)
+def test_neither_cache_nor_chunks_nor_preemption_change_a_token(folder: Path, answers: Answers, config: dict[str, object]) -> None:
+    tallies = assert_exact(folder, answers, **config)
+    assert tallies["random"].accepted > 0
+
+
+PYTHON = "def fibonacci(n):\n    if n < 2:\n        return n\n    return "
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=48, temperature=0.0),
+        SamplingParams(max_tokens=48, temperature=0.8, seed=5, top_p=0.95, min_p=0.01, frequency_penalty=0.2),
+    ],
+    ids=["greedy", "sampled"],
+)
+def test_the_builtin_model_in_every_dtype(dtype: str, params: SamplingParams) -> None:
+    engine = Engine(EngineConfig(dtype=dtype))  # type: ignore[arg-type]
+    engine.add_drafter(IdentityDrafter(engine))
+    text = PYTHON.encode()
+    prompts = [tuple(4 + byte for byte in text[:size]) for size in (5, 17, 33, len(text))]
+
+    def run(drafter: str, at_once: int, width: int) -> dict[tuple[str, int], list[int]]:
+        outputs = run_dry(
+            engine,
+            [
+                Request(str(i), prompt, params, drafter=drafter, num_speculative_tokens=width)
+                for i, prompt in enumerate(prompts)
+            ],
+            at_once,
+        )
+        counts = [parts[-1].counts for parts in outputs.values()]
+        if drafter == "identity":
+            assert sum(c.accepted for c in counts) == sum(c.drafted for c in counts) > 50
+        return tokens_of(outputs)
+
+    plain = run("none", 1, 0)
+    assert all(plain.values())
+    for drafter, at_once, width in [("none", 4, 0), ("ngram", 1, 4), ("ngram", 4, 15), ("identity", 1, 1), ("identity", 4, 1)]:
+        assert run(drafter, at_once, width) == plain, f"{drafter}, {at_once} at once, {width} drafted"

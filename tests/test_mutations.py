@@ -1,0 +1,147 @@
+"""The equality tests must notice what they are there to notice: each seeded mistake makes them fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support_engine import write_checkpoint
+from support_exactness import Answers, assert_exact, reference_answers
+
+from skippy.engine import engine as engine_module
+from skippy.engine import sampling
+from skippy.engine.accept import Verdict, accept
+from skippy.engine.engine import Engine
+from skippy.engine.kv import KVPool
+from skippy.engine.runner import Runner
+from skippy.engine.sampling import RowGroup, SamplingState
+from skippy.engine.scheduler import Scheduler
+
+Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+def accepts_one_too_many(patch: pytest.MonkeyPatch) -> None:
+    def generous(draft: SequenceOf[int], chosen: SequenceOf[int], ends: Any, room: int) -> Verdict:
+        agreed = accept(draft, chosen, ends, room)
+        if agreed.accepted < len(draft) and len(agreed.emitted) == agreed.accepted + 1 < room:
+            return Verdict([*agreed.emitted[:-1], draft[agreed.accepted], chosen[agreed.accepted + 1]], agreed.accepted + 1)
+        return agreed
+
+    patch.setattr(engine_module, "accept", generous)
+
+
+def accepts_after_a_gap(patch: pytest.MonkeyPatch) -> None:
+    def forgiving(draft: SequenceOf[int], chosen: SequenceOf[int], ends: Any, room: int) -> Verdict:
+        return accept([*chosen[:1], *draft[1:]] if draft else draft, chosen, ends, room)
+
+    patch.setattr(engine_module, "accept", forgiving)
+
+
+def leaves_a_stale_slot(patch: pytest.MonkeyPatch) -> None:
+    write = KVPool.write
+
+    def forgetful(pool: KVPool, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        # The newest token of the first sequence keeps what a rejected draft left in its slot.
+        kept = slots.clone()
+        kept[0] = pool.padding_slot
+        write(pool, layer, kept, keys, values)
+
+    patch.setattr(KVPool, "write", forgetful)
+
+
+def keeps_the_slots_of_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
+    commit = Scheduler.commit
+
+    def greedy_commit(scheduler: Scheduler, sequence: Any, computed: int) -> None:
+        commit(scheduler, sequence, computed + 1 if sequence.num_output and computed < len(sequence.tokens) - 1 else computed)
+        if sequence.num_output > 2 and sequence.misses:
+            sequence.table[-1], sequence.table[0] = sequence.table[0], sequence.table[-1]
+
+    patch.setattr(Scheduler, "commit", greedy_commit)
+
+
+def counts_no_drafted_tokens(patch: pytest.MonkeyPatch) -> None:
+    rows_after = sampling._rows_after
+    patch.setattr(sampling, "_rows_after", lambda base, draft, rows: rows_after(base, [], rows))
+
+
+def counts_a_token_twice(patch: pytest.MonkeyPatch) -> None:
+    extend = SamplingState.extend
+    patch.setattr(SamplingState, "extend", lambda state, tokens: extend(state, [*tokens, tokens[-1]]))
+
+
+def takes_the_noise_of_another_index(patch: pytest.MonkeyPatch) -> None:
+    groups = Engine._groups
+
+    def shifted(engine: Engine, *args: Any) -> list[RowGroup]:
+        return [RowGroup(g.state, g.index + len(g.draft), g.draft) for g in groups(engine, *args)]
+
+    patch.setattr(Engine, "_groups", shifted)
+
+
+def shares_noise_between_choices(patch: pytest.MonkeyPatch) -> None:
+    add = Engine.add
+
+    def add_alike(engine: Engine, request: Any) -> None:
+        add(engine, request)
+        for sequence in engine._sequences[request.request_id]:
+            engine.states[sequence]._choice = 0
+
+    patch.setattr(Engine, "add", add_alike)
+
+
+def shifts_the_positions_of_drafts(patch: pytest.MonkeyPatch) -> None:
+    batch = Runner._batch
+
+    def shifted(runner: Runner, rows: Any) -> Any:
+        made, count = batch(runner, rows)
+        if rows[0].position and len(rows[0].tokens) > 1:
+            made.positions[1] += 1
+        return made, count
+
+    patch.setattr(Runner, "_batch", shifted)
+
+
+def reuses_blocks_of_other_prefixes(patch: pytest.MonkeyPatch) -> None:
+    def careless(digests: list[bytes], tokens: SequenceOf[int], block_size: int, upto: int) -> None:
+        del tokens
+        while (len(digests) + 1) * block_size <= upto:
+            digests.append(bytes([len(digests)]))
+
+    patch.setattr("skippy.engine.scheduler.extend_digests", careless)
+
+
+MUTATIONS: list[Mutation] = [
+    accepts_one_too_many,
+    accepts_after_a_gap,
+    leaves_a_stale_slot,
+    keeps_the_slots_of_rejected_drafts,
+    counts_no_drafted_tokens,
+    counts_a_token_twice,
+    takes_the_noise_of_another_index,
+    shares_noise_between_choices,
+    shifts_the_positions_of_drafts,
+    reuses_blocks_of_other_prefixes,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> Answers:
+    return reference_answers(folder)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_a_mistake_in_the_engine_makes_the_equality_fail(
+    folder: Path, answers: Answers, mutation: Mutation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation(monkeypatch)
+    with pytest.raises(AssertionError, match="tokens differ"):
+        assert_exact(folder, answers)
