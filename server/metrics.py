@@ -92,9 +92,11 @@ class Metrics:
             self._accepted_at.labels(position).inc(count)
         for count in stats.accepted_per_step:
             self._per_step.observe(count)
-        self._running.set(stats.running)
-        self._waiting.set(stats.waiting)
-        self._kv_usage.set(_ratio(stats.kv_blocks_used, stats.kv_blocks_total))
+        if stats.kv_blocks_total:  # a refused request comes with empty stats, which describe no step
+            self._running.set(stats.running)
+            self._waiting.set(stats.waiting)
+            self._kv_usage.set(stats.kv_blocks_used / stats.kv_blocks_total)
+            self._last = stats
         self._prompt_tokens.inc(stats.prompt_tokens)
         self._generation_tokens.inc(stats.generation_tokens)
         self._preemptions.inc(stats.preemptions)
@@ -103,7 +105,6 @@ class Metrics:
             if seconds:  # a phase that the step did not have is no observation of it
                 self._step.labels(phase).observe(seconds)
         self._load.add(stats)
-        self._last = stats
 
     def observe_first_token(self, seconds: float) -> None:
         self._first_token.observe(seconds)

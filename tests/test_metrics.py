@@ -79,6 +79,14 @@ def test_every_metric_has_its_name_and_value() -> None:
     assert not any("total_total" in name or "skippy_skippy" in name for name in found)
 
 
+def test_the_empty_stats_of_a_refusal_change_no_gauge() -> None:
+    metrics = Metrics()
+    metrics.observe_step(STATS)
+    metrics.observe_step(StepStats())
+    assert samples(metrics)["skippy_requests_running"] == 3
+    assert "3 running" in (metrics.take_load_line(1) or "")
+
+
 def test_two_servers_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.observe_step(STATS)
