@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skippy.engine import EngineDead
+from skippy.engine import BenchOptions, EngineDead
 from skippy.server import cli
 from skippy.server.settings import Settings, flag_of, setting_names
 
@@ -55,6 +55,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, command: str) -> list[cli.Invocatio
         ("generate -p x --temperature hot", "--temperature: invalid float value"),
         ("generate -p x --top-p 2", "top_p must be in"),
         ("bench", "bench needs --prompts FILE"),
+        ("bench --prompts f --no-enable-prefix-caching", "unknown flag --no-enable-prefix-caching"),
         ("bench --prompts f --batch-sizes 1,0", "--batch-sizes: must be at least 1"),
         ("bench --prompts f --batch-sizes 1,x", "--batch-sizes: invalid batch_sizes value"),
         ("verify", "required: URL"),
@@ -129,9 +130,15 @@ def test_bench_parses_lists(monkeypatch: pytest.MonkeyPatch) -> None:
         "top_p": 1.0,
         "seed": 0,
         "limit": 5,
-        "repeat": 1,
+        "repeat": 3,
     }
     assert calls[0].settings.model == "m"
+
+
+def test_bench_has_the_defaults_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = capture(monkeypatch, "bench")
+    assert cli.main(["bench", "--prompts", "f"]) == 0
+    assert BenchOptions(**calls[0].options) == BenchOptions(prompts="f")
 
 
 @pytest.mark.parametrize("command", ["serve", "generate", "bench"])
