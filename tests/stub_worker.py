@@ -18,6 +18,7 @@ from typing import cast
 
 from skippy.engine import DraftCounts, EngineInfo, Request, SequenceOutput, StepOutput, StepStats, TokenLogprobs
 from skippy.engine.messages import Abort, Add, Command, Event, Fatal, FrameReader, Ready, Start, Stepped, encode
+from skippy.engine.types import FinishReason
 
 BUILTIN = Path(__file__).parents[1] / "engine" / "builtin"
 EOS = 0
@@ -41,7 +42,7 @@ def advance(choice: Choice) -> SequenceOutput:
     request, params = choice.request, choice.request.params
     prompt, first = request.prompt_token_ids, not choice.counts.steps
     tokens: list[int] = []
-    finish = None
+    finish: FinishReason | None = None
     while len(tokens) < (request.num_speculative_tokens or 0) + 1 and finish is None:
         done = len(choice.emitted) + len(tokens)
         if done == params.max_tokens:

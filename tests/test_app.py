@@ -22,7 +22,7 @@ from skippy.server.app import run_server
 from skippy.server.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.conftest import LiveServer, ServerFactory
+    from conftest import LiveServer, ServerFactory
 
 STUB = str(Path(__file__).with_name("stub_worker.py"))
 SERVE = """

@@ -14,7 +14,7 @@ import pytest
 from skippy.engine import Tokenizer
 
 if TYPE_CHECKING:
-    from tests.conftest import LiveServer, ServerFactory
+    from conftest import LiveServer, ServerFactory
 
 TOKENIZER = Tokenizer.load(Path(__file__).parents[1] / "engine" / "builtin")
 PROMPT = "def f(x):\n    return 'é日😀'\n"

@@ -30,7 +30,8 @@ def mixed(data: bytes) -> bool:
 
 
 def byte_runs_are_mixed(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-    runs, run = [], b""
+    runs: list[bytes] = []
+    run = b""
     for token_id in ids:
         if (tokenizer.id_to_token(token_id) or "").startswith("<0x"):
             run += tokenizer.token_bytes(token_id)
@@ -151,7 +152,7 @@ def test_chunks_do_not_matter(text: str, stops: list[str], include: bool, cuts: 
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     chunks = [text[start:end] for start, end in pairwise(edges)]
     ends = sorted((text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text)
-    expected = (text, None)
+    expected: tuple[str, str | None] = (text, None)
     if ends:
         end, _, stop = ends[0]
         expected = (text[: end if include else end - len(stop)], stop)

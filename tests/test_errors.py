@@ -12,7 +12,7 @@ from skippy.engine import EngineDead, InvalidRequest
 from skippy.server.errors import ApiError, as_api_error
 
 if TYPE_CHECKING:
-    from tests.conftest import LiveServer
+    from conftest import LiveServer
 
 
 @pytest.mark.parametrize(

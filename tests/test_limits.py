@@ -16,7 +16,7 @@ from skippy.server.errors import ApiError, ClientGone
 from skippy.server.limits import MAX_BODY_BYTES, Admission, until_disconnect
 
 if TYPE_CHECKING:
-    from tests.conftest import LiveServer, ServerFactory
+    from conftest import LiveServer, ServerFactory
 
 
 @pytest.mark.parametrize("announced", [True, False])
