@@ -27,10 +27,12 @@ from skippy.engine.types import (
 )
 
 if TYPE_CHECKING:
+    from skippy.engine.bench import BenchOptions, run_bench
     from skippy.engine.engine import Engine
 
 __all__ = [
     "BUILTIN_MODEL",
+    "BenchOptions",
     "CheckpointError",
     "ConfigError",
     "DraftCounts",
@@ -47,10 +49,13 @@ __all__ = [
     "StepStats",
     "TokenLogprobs",
     "Tokenizer",
+    "run_bench",
 ]
+
+_NEED_TORCH = {"Engine": "engine", "BenchOptions": "bench", "run_bench": "bench"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Engine":
-        return importlib.import_module("skippy.engine.engine").Engine
+    if name in _NEED_TORCH:
+        return getattr(importlib.import_module(f"skippy.engine.{_NEED_TORCH[name]}"), name)
     raise AttributeError(f"module 'skippy.engine' has no attribute {name!r}")

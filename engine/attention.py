@@ -144,7 +144,9 @@ class _SDPAPass:
         backend.pool.write(layer, self._slots, keys, values)
         rows, group, kv_heads, head_dim = len(queries), backend.group, backend.num_kv_heads, backend.head_dim
         # Heads that share a KV head become rows of one product: [1, kv_heads, N * group, head_dim].
-        folded = queries.view(rows, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, rows * group, head_dim)
+        folded = (
+            queries.view(rows, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, rows * group, head_dim)
+        )
         out = torch.zeros_like(folded)
         for target, source, where, mask in self._parts:
             cached_keys, cached_values = backend.pool.read(layer, where)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
@@ -117,10 +118,20 @@ class Engine:
             self.states[sequence] = self._sampling_state(sequence)
         self._sequences[request.request_id] = sequences
 
-    def abort(self, request_id: str) -> None:
-        """Forget a request, at any moment between steps; unknown ids are ignored."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Forget a request, or one choice of it, at any moment between steps; unknown ones are ignored."""
         for sequence in list(self._sequences.get(request_id, ())):
-            self._finish(sequence, "abort")
+            if index in (None, sequence.index):
+                self._finish(sequence, "abort")
+
+    def load(self) -> StepStats:
+        """How full the engine is now, as the stats of a step that did nothing."""
+        return StepStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=self._blocks.num_held,
+            kv_blocks_total=self._blocks.num_blocks,
+        )
 
     def step(self) -> StepOutput:
         """Propose, verify, choose, accept, commit: one pass for whatever is scheduled.
@@ -128,7 +139,7 @@ class Engine:
         A step that fails ends the requests that took part in it with an error, and no others.
         """
         clock = _Clock(self.runner.pool.keys.device)
-        stats = StepStats()
+        stats = StepStats(kv_blocks_total=self._blocks.num_blocks)
         outputs: list[SequenceOutput] = []
         schedule = self._scheduler.schedule()
         if schedule.work:
@@ -142,7 +153,9 @@ class Engine:
                 outputs = self._commit(schedule, drafts, logits, chosen, stats)
             except Exception as error:
                 outputs = self._fail(schedule, error)
-        self._describe_load(stats, schedule)
+        now = self.load()
+        stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
+        stats.preemptions = schedule.preempted
         stats.host_seconds = clock.lap()
         return StepOutput(outputs, stats)
 
@@ -338,7 +351,8 @@ class Engine:
             raise InvalidRequest(f"There is no drafter {request.drafter!r}; there are: {known}.", "skippy.drafter")
         if (request.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
             raise InvalidRequest(
-                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {request.num_speculative_tokens}.",
+                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got "
+                f"{request.num_speculative_tokens}.",
                 "skippy.num_speculative_tokens",
             )
 
@@ -358,13 +372,6 @@ class Engine:
             stats.prefill_seconds = seconds
         else:
             stats.verify_seconds = seconds
-
-    def _describe_load(self, stats: StepStats, schedule: Schedule) -> None:
-        stats.running = len(self._scheduler.running)
-        stats.waiting = len(self._scheduler.waiting)
-        stats.preemptions = schedule.preempted
-        stats.kv_blocks_used = self._blocks.num_held
-        stats.kv_blocks_total = self._blocks.num_blocks
 
     def _describe(self) -> EngineInfo:
         pool, checkpoint = self.runner.pool, self._checkpoint

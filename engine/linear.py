@@ -46,7 +46,9 @@ def measure_tiling(compute: Callable[[Tensor], Tensor], probe: Tensor) -> Tiling
     outputs = {r: compute(probe[:r]) for r in {*counts, *(m for m in MULTIPLES if m <= len(probe))}}
     best = Tiling(16, 16)
     for multiple in (m for m in MULTIPLES if 2 * m <= len(probe)):
-        whole = torch.cat([compute(probe[i : i + multiple]) for i in range(0, len(probe) // multiple * multiple, multiple)])
+        whole = torch.cat(
+            [compute(probe[i : i + multiple]) for i in range(0, len(probe) // multiple * multiple, multiple)]
+        )
         largest = 0
         for rows in (r for r in counts if r % multiple == 0):
             if not torch.equal(outputs[rows], whole[:rows]):

@@ -30,9 +30,10 @@ class Add(msgspec.Struct, tag=True):
 
 
 class Abort(msgspec.Struct, tag=True):
-    """Forget a request and free what it holds; unknown ids are ignored. Not answered."""
+    """Forget a request, or one choice of it, and free what it holds; unknown ones are ignored."""
 
     request_id: str
+    index: int | None = None
 
 
 class Ready(msgspec.Struct, tag=True):

@@ -40,7 +40,9 @@ def resolve(model: str) -> Path:
     """
     path = Path(str(files("skippy.engine") / "builtin")) if model == BUILTIN_MODEL else Path(model).expanduser()
     if not path.is_dir():
-        raise CheckpointError(f"There is no model folder {str(path)!r} (and {BUILTIN_MODEL!r} names the built-in model).")
+        raise CheckpointError(
+            f"There is no model folder {str(path)!r} (and {BUILTIN_MODEL!r} names the built-in model)."
+        )
     return path
 
 
@@ -158,7 +160,9 @@ def _weight_files(path: Path) -> list[Path]:
     names = sorted(set(index["weight_map"].values())) if "weight_map" in index else ["model.safetensors"]
     for name in names:
         if not (path / name).is_file():
-            pickles = "; pickled .bin weights are not read, because they can run code" if list(path.glob("*.bin")) else ""
+            pickles = (
+                "; pickled .bin weights are not read, because they can run code" if list(path.glob("*.bin")) else ""
+            )
             raise CheckpointError(f"{path} has no {name}{pickles}.")
     return [path / name for name in names]
 

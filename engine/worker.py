@@ -17,7 +17,7 @@ from skippy.engine.config import EngineConfig
 from skippy.engine.engine import Engine
 from skippy.engine.errors import InvalidRequest, SkippyError
 from skippy.engine.messages import Abort, Add, Command, Event, Fatal, FrameReader, Ready, Start, Stepped, encode
-from skippy.engine.types import DraftCounts, SequenceOutput, StepOutput, StepStats
+from skippy.engine.types import DraftCounts, SequenceOutput, StepOutput
 
 READ_BYTES = 1 << 16
 
@@ -33,7 +33,7 @@ class Worker:
 
     def __init__(self, read_fd: int, write_fd: int) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
-        self._frames = FrameReader(Command)  # type: ignore[arg-type]
+        self._frames = FrameReader(Command)
 
     def run(self) -> int:
         """Serve until the pipe closes. Returns the exit code."""
@@ -49,6 +49,9 @@ class Worker:
                 self._take_commands(engine, wait=not engine.has_work)
                 if engine.has_work:
                     self._send(Stepped(engine.step()))
+                else:
+                    # The last request was aborted or refused: say that nothing runs any more.
+                    self._send(Stepped(StepOutput([], engine.load())))
         except (_Hangup, BrokenPipeError):
             return 0
         except Exception as error:
@@ -74,9 +77,9 @@ class Worker:
             try:
                 engine.add(command.request)
             except InvalidRequest as error:
-                self._send(Stepped(_refusal(command.request.request_id, error)))
+                self._send(Stepped(StepOutput([_refusal(command.request.request_id, error)], engine.load())))
         elif isinstance(command, Abort):
-            engine.abort(command.request_id)
+            engine.abort(command.request_id, command.index)
 
     def _read(self) -> list[Command]:
         data = os.read(self._read_fd, READ_BYTES)
@@ -90,9 +93,8 @@ class Worker:
             frame = frame[os.write(self._write_fd, frame) :]
 
 
-def _refusal(request_id: str, error: InvalidRequest) -> StepOutput:
-    output = SequenceOutput(request_id, 0, [], DraftCounts(), "none", finish_reason="error", error=error.message)
-    return StepOutput([output], StepStats())
+def _refusal(request_id: str, error: InvalidRequest) -> SequenceOutput:
+    return SequenceOutput(request_id, 0, [], DraftCounts(), "none", finish_reason="error", error=error.message)
 
 
 def main() -> int:

@@ -82,10 +82,13 @@ class Generation:
         raise StopAsyncIteration
 
     def drop(self, request_id: str, index: int) -> None:
-        """Ignore a choice from now on; with its last wanted choice a request is aborted."""
+        """Abort a choice that still runs, and ignore what is on its way of it."""
         self._wanted[request_id].discard(index)
         if not self._wanted[request_id]:
             self._abort(request_id)
+        elif index in self._running[request_id]:
+            self._running[request_id].discard(index)
+            self._client.send(Abort(request_id, index))
 
     def _abort(self, request_id: str) -> None:
         self._client.unregister(request_id)

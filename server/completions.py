@@ -172,7 +172,8 @@ class CompletionRun:
         choice, before = self._choices[position], self._choices[position].completion_tokens
         delta = choice.push(output)
         self._measured.tokens(position, choice.completion_tokens - before)
-        self._cached[output.request_id] = max(output.cached_tokens, self._cached.get(output.request_id, 0))
+        if output.index == 0:  # the others share the prompt that the first one computed
+            self._cached[output.request_id] = output.cached_tokens
         if delta is not None and delta.finish_reason is not None:
             generation.drop(output.request_id, output.index)
             self._open.discard(position)

@@ -85,8 +85,12 @@ class Stub:
         self.choices += [Choice(request, index) for index in range(request.n)]
         return self.output([], 0)
 
-    def abort(self, request_id: str) -> StepOutput:
-        self.choices = [choice for choice in self.choices if choice.request.request_id != request_id]
+    def abort(self, request_id: str, index: int | None) -> StepOutput:
+        self.choices = [
+            choice
+            for choice in self.choices
+            if choice.request.request_id != request_id or index not in (None, choice.index)
+        ]
         return self.output([], 0)
 
     def step(self) -> StepOutput:
@@ -188,8 +192,8 @@ def main() -> int:
                         send(Ready(info(options)))
                     case Add(request):
                         send(Stepped(stub.add(request)))
-                    case Abort(request_id):
-                        send(Stepped(stub.abort(request_id)))
+                    case Abort(request_id, index):
+                        send(Stepped(stub.abort(request_id, index)))
         elif busy:
             send(Stepped(stub.step()))
 

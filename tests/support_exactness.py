@@ -25,7 +25,13 @@ MAX_TOKENS = 24
 MODES: dict[str, SamplingParams] = {
     "greedy": SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, seed=0),
     "greedy penalised": SamplingParams(
-        max_tokens=MAX_TOKENS, seed=0, temperature=0.0, presence_penalty=0.6, frequency_penalty=0.4, repetition_penalty=1.2, min_tokens=9
+        max_tokens=MAX_TOKENS,
+        seed=0,
+        temperature=0.0,
+        presence_penalty=0.6,
+        frequency_penalty=0.4,
+        repetition_penalty=1.2,
+        min_tokens=9,
     ),
     "plain sampling": SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, seed=1),
     "truncated": SamplingParams(max_tokens=MAX_TOKENS, temperature=0.8, seed=2, top_k=20, top_p=0.9, min_p=0.02),

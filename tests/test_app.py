@@ -215,10 +215,9 @@ def test_clients_that_leave_free_the_real_engine(real: tuple[subprocess.Popen[st
     with httpx.Client(base_url=real[1], timeout=30) as http:
         with http.stream("POST", "/v1/completions", json=body) as answer:
             assert next(answer.iter_lines())
-        # This one's steps come after the abort, and the last of them shows what is left.
-        assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 4}).status_code == 200
-        metrics = http.get("/metrics").text.splitlines()
-        assert "skippy_requests_running 0.0" in metrics
+        metrics: list[str] = []
+        while "skippy_requests_running 0.0" not in metrics:  # the test's time limit ends it
+            metrics = http.get("/metrics").text.splitlines()
         assert "skippy_kv_cache_usage_ratio 0.0" in metrics
         assert 'skippy_requests_total{finish_reason="abort"} 3.0' in metrics
 

@@ -93,13 +93,14 @@ def test_leaving_the_block_aborts_what_still_runs() -> None:
     run(test)
 
 
-def test_a_request_is_aborted_with_its_last_wanted_choice() -> None:
+def test_a_dropped_choice_is_aborted_alone() -> None:
     async def test() -> None:
         async with engine("--step-seconds", "0.005") as client:
             await client.ready()
             with client.generate(request(n=2, max_tokens=10_000), request("b", max_tokens=10_000)) as generation:
                 await anext(generation)
                 generation.drop("r", 0)
+                assert (await stats_where(client, lambda stats: stats.running == 2)).kv_blocks_used == 2
                 assert {(await anext(generation)).request_id for _ in range(4)} == {"r", "b"}
                 generation.drop("r", 1)
                 assert (await stats_where(client, lambda stats: stats.running == 1)).kv_blocks_used == 1

@@ -256,4 +256,4 @@ def test_stats_add_up(engine: Engine) -> None:
     assert sum(sum(s.accepted_per_pos) for s in steps) == counts.accepted
     # One token from the prompt's own pass, then steps of three drafted and one of the verifier's.
     assert counts.steps == 1 + -(-19 // 4)
-    assert 20 == counts.steps + counts.accepted
+    assert counts.steps + counts.accepted == 20

@@ -42,7 +42,9 @@ def test_every_drafter_and_mode_emits_what_the_reference_emits(folder: Path, ans
     ],
     ids=["no prefix cache", "chunked prompts", "preemption"],
 )
-def test_neither_cache_nor_chunks_nor_preemption_change_a_token(folder: Path, answers: Answers, config: dict[str, object]) -> None:
+def test_neither_cache_nor_chunks_nor_preemption_change_a_token(
+    folder: Path, answers: Answers, config: dict[str, object]
+) -> None:
     tallies = assert_exact(folder, answers, **config)
     assert tallies["random"].accepted > 0
 
@@ -81,5 +83,11 @@ def test_the_builtin_model_in_every_dtype(dtype: str, params: SamplingParams) ->
 
     plain = run("none", 1, 0)
     assert all(plain.values())
-    for drafter, at_once, width in [("none", 4, 0), ("ngram", 1, 4), ("ngram", 4, 15), ("identity", 1, 1), ("identity", 4, 1)]:
+    for drafter, at_once, width in [
+        ("none", 4, 0),
+        ("ngram", 1, 4),
+        ("ngram", 4, 15),
+        ("identity", 1, 1),
+        ("identity", 4, 1),
+    ]:
         assert run(drafter, at_once, width) == plain, f"{drafter}, {at_once} at once, {width} drafted"

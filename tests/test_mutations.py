@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ def accepts_one_too_many(patch: pytest.MonkeyPatch) -> None:
     def generous(draft: SequenceOf[int], chosen: SequenceOf[int], ends: Any, room: int) -> Verdict:
         agreed = accept(draft, chosen, ends, room)
         if agreed.accepted < len(draft) and len(agreed.emitted) == agreed.accepted + 1 < room:
-            return Verdict([*agreed.emitted[:-1], draft[agreed.accepted], chosen[agreed.accepted + 1]], agreed.accepted + 1)
+            return Verdict(
+                [*agreed.emitted[:-1], draft[agreed.accepted], chosen[agreed.accepted + 1]], agreed.accepted + 1
+            )
         return agreed
 
     patch.setattr(engine_module, "accept", generous)
@@ -56,7 +59,11 @@ def keeps_the_slots_of_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
     commit = Scheduler.commit
 
     def greedy_commit(scheduler: Scheduler, sequence: Any, computed: int) -> None:
-        commit(scheduler, sequence, computed + 1 if sequence.num_output and computed < len(sequence.tokens) - 1 else computed)
+        commit(
+            scheduler,
+            sequence,
+            computed + 1 if sequence.num_output and computed < len(sequence.tokens) - 1 else computed,
+        )
         if sequence.num_output > 2 and sequence.misses:
             sequence.table[-1], sequence.table[0] = sequence.table[0], sequence.table[-1]
 
@@ -65,7 +72,7 @@ def keeps_the_slots_of_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
 
 def counts_no_drafted_tokens(patch: pytest.MonkeyPatch) -> None:
     rows_after = sampling._rows_after
-    patch.setattr(sampling, "_rows_after", lambda base, draft, rows: rows_after(base, [], rows))
+    patch.setattr(sampling, "_rows_after", lambda base, _, rows: rows_after(base, [], rows))
 
 
 def counts_a_token_twice(patch: pytest.MonkeyPatch) -> None:
