@@ -10,6 +10,7 @@ largest tile that they are cut into, within which every row comes out the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -89,17 +90,45 @@ class RowLinear:
         return torch.cat([self._product(tile) for tile in x.split(self.tiling.largest)])
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-            return y
-        return F.linear(x, self._weight, self._bias)
+        return _multiply(x, self._weight, self._packed, self._bias)
 
     def _measure(self) -> Tiling:
-        # About 50 ms at most, however large the weight.
-        rows = max(32, min(256, 2**32 // max(1, 2 * self.in_features * self.out_features)))
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(rows, self.in_features, generator=generator).to(self._weight.dtype)
-        return measure_tiling(self._product, probe)
+        shape, dtype, packed = (self.out_features, self.in_features), self._weight.dtype, self._packed is not None
+        return _shape_tiling(shape, dtype, packed, self._bias is not None, torch.get_num_threads())
+
+
+@cache
+def _shape_tiling(shape: tuple[int, int], dtype: torch.dtype, packed: bool, biased: bool, threads: int) -> Tiling:
+    """The tiling of every product like this; which kernel is picked depends on no more than that.
+
+    Rounding to bfloat16 would hide most differences in the order of summation. So what is
+    measured cancels: every output is due to be 0, and comes out as rounding error alone.
+    """
+    del threads
+    out_features, in_features = shape
+    # About 50 ms at most, however large the weight.
+    rows = max(32, min(256, 2**32 // max(1, 2 * in_features * out_features)))
+    generator = torch.Generator().manual_seed(0)
+    half = in_features // 2
+    order = torch.randperm(half, generator=generator)
+
+    def random(count: int, sign: int) -> Tensor:
+        part = torch.randn(count, half, generator=generator)
+        odd = torch.zeros(count, in_features % 2)
+        return torch.cat((part, sign * part[:, order], odd), -1).to(dtype)
+
+    weight, probe = random(min(out_features, 256), -1), random(rows, 1)
+    weight = weight.repeat(-(-out_features // len(weight)), 1)[:out_features].contiguous()
+    blocked = _pack(weight) if packed else None
+    bias = torch.zeros(out_features, dtype=dtype) if biased else None
+    return measure_tiling(lambda x: _multiply(x, weight, blocked, bias), probe)
+
+
+def _multiply(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | None) -> Tensor:
+    if packed is not None:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return y
+    return F.linear(x, weight, bias)
 
 
 def _pack(weight: Tensor) -> Tensor | None:
