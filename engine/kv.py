@@ -34,6 +34,9 @@ class KVPool:
         shape = (num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # Views made once: a view costs a microsecond, and a step would make hundreds.
+        self._rows = list(zip(self.keys, self.values, strict=True))
+        self._heads = [(keys.transpose(0, 1)[None], values.transpose(0, 1)[None]) for keys, values in self._rows]
 
     def slot(self, table: list[int], position: int) -> int:
         block, offset = divmod(position, self.block_size)
@@ -41,8 +44,9 @@ class KVPool:
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store rows. slots [N] int64; keys, values [N, kv_heads, head_dim]."""
-        self.keys[layer].index_copy_(0, slots, keys)
-        self.values[layer].index_copy_(0, slots, values)
+        cached_keys, cached_values = self._rows[layer]
+        cached_keys.index_copy_(0, slots, keys)
+        cached_values.index_copy_(0, slots, values)
 
     def locate(self, table: list[int]) -> slice | Tensor:
         """Where the slots of these blocks are: a slice if they stand together, else indices."""
@@ -55,8 +59,11 @@ class KVPool:
 
     def read(self, layer: int, where: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [1, kv_heads, slots, head_dim]; views for a slice."""
-        keys, values = self.keys[layer][where], self.values[layer][where]
-        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        if isinstance(where, slice):
+            keys, values = self._heads[layer]
+            return keys[:, :, where], values[:, :, where]
+        keys, values = self._rows[layer]
+        return keys[where].transpose(0, 1)[None], values[where].transpose(0, 1)[None]
 
     def zero(self, table: list[int]) -> None:
         """Erase blocks whose content is not to be trusted, so that no NaN outlives its request."""

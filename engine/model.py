@@ -172,8 +172,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
         qkv = shared.product(layer, "qkv", self.qkv, x).view(len(x), -1, self.head_dim)
         rotated, values = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        halves = rotated.roll(self.head_dim // 2, -1)
-        rotated = rotated * shared.cos + halves * shared.sin
+        rotated = torch.addcmul(rotated * shared.cos, rotated.roll(self.head_dim // 2, -1), shared.sin)
         queries, keys = rotated.split((self.num_heads, self.num_kv_heads), dim=1)
         return shared.product(layer, "o", self.out, shared.attend(layer, queries, keys, values))
 
