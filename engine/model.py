@@ -171,9 +171,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
         qkv = shared.product(layer, "qkv", self.qkv, x).view(len(x), -1, self.head_dim)
-        rotated, values = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        rotated, values = qkv[:, : -self.num_kv_heads], qkv[:, -self.num_kv_heads :]
         rotated = torch.addcmul(rotated * shared.cos, rotated.roll(self.head_dim // 2, -1), shared.sin)
-        queries, keys = rotated.split((self.num_heads, self.num_kv_heads), dim=1)
+        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
         return shared.product(layer, "o", self.out, shared.attend(layer, queries, keys, values))
 
 
@@ -202,7 +202,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), layer, shared)
-        return x + self.mlp(self.post_attention_layernorm(x), layer, shared)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x), layer, shared)
+        return out
 
 
 class Decoder(nn.Module):
@@ -238,7 +239,7 @@ class CausalLM(nn.Module):
 
         Returns the last hidden states, not yet normalised, [N, hidden_size].
         """
-        x = self.model.embed_tokens(batch.token_ids)
+        x: Tensor = self.model.embed_tokens(batch.token_ids)
         cos, sin = self._rope_tables(x)
         shared = _Pass(cos[batch.positions], sin[batch.positions], attend, adapter, batch.adapter_gate)
         for step in plan:
@@ -266,6 +267,7 @@ class CausalLM(nn.Module):
         """
         packed = []
         for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
             fused = (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down)
             packed += [matrices.pack() for matrices in fused]
         head = self.lm_head.weight.detach()[:vocab_size]
@@ -297,4 +299,4 @@ def silu_rows(x: Tensor) -> Tensor:
     rows = max(1, 32768 // x.shape[-1])
     if len(x) <= rows:
         return F.silu(x)
-    return torch.cat([F.silu(part) for part in x.split(rows)])
+    return torch.cat([F.silu(part) for part in torch.split(x, rows)])

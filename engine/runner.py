@@ -46,7 +46,7 @@ class Runner:
         Returns float32 logits of the rows that asked for them, in order, [sum of num_logits, vocabulary].
         """
         batch, num_logits = self._batch(rows)
-        hidden = self.model(batch, plan, self._attention.begin(batch.segments, batch.slots), adapter)
+        hidden: Tensor = self.model(batch, plan, self._attention.begin(batch.segments, batch.slots), adapter)
         if num_logits == 0:
             return hidden.new_empty(0, 0, dtype=torch.float32)
         return self.model.logits(hidden[batch.logit_rows])[:num_logits]
