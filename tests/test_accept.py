@@ -22,9 +22,8 @@ def verified_drafts(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 def specification(draft: list[int], chosen: list[int], ends: set[int], room: int) -> Verdict:
     """Every choice whose past was drafted right, while there is room and none before it ended the output."""
     emitted = [c for j, c in enumerate(chosen[:room]) if draft[:j] == chosen[:j] and not ends & set(chosen[:j])]
-    return Verdict(
-        emitted, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft, emitted, strict=False)))
-    )
+    agreed = [j for j in range(min(len(draft), len(emitted))) if draft[: j + 1] == emitted[: j + 1]]
+    return Verdict(emitted, len(agreed))
 
 
 @settings(derandomize=True, deadline=None, max_examples=500)
