@@ -16,6 +16,15 @@ from skippy.engine.errors import CheckpointError
 from skippy.engine.model import CausalLM, ModelConfig
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,26 +63,27 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     path = resolve(model)
     raw = _read_json(path / "config.json", required=True)
-    architecture = (raw.get("architectures") or ["?"])[0]
+    architectures = raw.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else "?"
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{path} holds a {architecture}, which is not supported; supported: {', '.join(ARCHITECTURES)}."
         )
+    generation = _read_json(path / "generation_config.json", required=False)
+    vocab_size = _tokenizer_size(path)
     try:
         config = parse_config(raw)
+        bos = _ids(raw.get("bos_token_id"))
+        return Checkpoint(
+            path=path,
+            config=config,
+            dtype=_dtype(raw),
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=_ids(raw.get("eos_token_id"), generation.get("eos_token_id")),
+            vocab_size=min(config.vocab_size, vocab_size or config.vocab_size),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / 'config.json'} is not a usable configuration: {error!r}.") from error
-    generation = _read_json(path / "generation_config.json", required=False)
-    dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "float32"), torch.float32)
-    bos = raw.get("bos_token_id")
-    return Checkpoint(
-        path=path,
-        config=config,
-        dtype=dtype,
-        bos_token_id=bos[0] if isinstance(bos, list) else bos,
-        eos_token_ids=_ids(raw.get("eos_token_id"), generation.get("eos_token_id")),
-        vocab_size=min(config.vocab_size, _tokenizer_size(path) or config.vocab_size),
-    )
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
@@ -85,7 +95,6 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported")
-    heads = int(raw["num_attention_heads"])
     rope = dict(raw.get("rope_parameters") or {})
     if not rope:
         rope = dict(raw.get("rope_scaling") or {})
@@ -93,14 +102,17 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         raise ValueError(f"rope_type {rope['rope_type']!r} is not supported")
+    for name in SIZES:
+        if int(raw[name]) < 1:
+            raise ValueError(f"{name} is {raw[name]}")
     config = ModelConfig(
         vocab_size=int(raw["vocab_size"]),
         hidden_size=int(raw["hidden_size"]),
         intermediate_size=int(raw["intermediate_size"]),
         num_hidden_layers=int(raw["num_hidden_layers"]),
-        num_attention_heads=heads,
-        num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
+        num_attention_heads=int(raw["num_attention_heads"]),
+        num_key_value_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
+        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // int(raw["num_attention_heads"])),
         max_position_embeddings=int(raw["max_position_embeddings"]),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -125,12 +137,14 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     if checkpoint.config.tie_word_embeddings:
         del wanted["lm_head.weight"]
     loaded: dict[str, torch.Tensor] = {}
+    file_of: dict[str, Path] = {}
     for file in _weight_files(checkpoint.path):
         try:
             with safe_open(file, framework="pt", device=str(device)) as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
                     if name in wanted:
                         loaded[name] = shard.get_tensor(name).to(dtype)
+                        file_of[name] = file
                     elif not _ignorable(name, checkpoint):
                         raise CheckpointError(f"{file} holds {name!r}, which no Llama model has: is it another family?")
         except (SafetensorError, OSError) as error:
@@ -140,7 +154,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
             raise CheckpointError(f"{checkpoint.path} lacks the tensor {name!r}.")
         if loaded[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{name!r} has shape {list(loaded[name].shape)}, and config.json implies {list(tensor.shape)}."
+                f"{file_of[name]} holds {name!r} in shape {list(loaded[name].shape)}, and config.json implies "
+                f"{list(tensor.shape)}."
             )
     if checkpoint.config.tie_word_embeddings:
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
@@ -156,8 +171,14 @@ def _ignorable(name: str, checkpoint: Checkpoint) -> bool:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    index = _read_json(path / "model.safetensors.index.json", required=False)
-    names = sorted(set(index["weight_map"].values())) if "weight_map" in index else ["model.safetensors"]
+    index_file = path / "model.safetensors.index.json"
+    index = _read_json(index_file, required=False)
+    names = ["model.safetensors"]
+    if index:
+        try:
+            names = sorted({str(name) for name in index["weight_map"].values()})
+        except (KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index_file} is not a usable index: {error!r}.") from error
     for name in names:
         if not (path / name).is_file():
             pickles = (
@@ -181,6 +202,13 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
     return value
 
 
+def _dtype(raw: dict[str, Any]) -> torch.dtype:
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not supported")
+    return DTYPES[name]
+
+
 def _ids(*values: int | list[int] | None) -> tuple[int, ...]:
     """Every id named by any of the files, once, in order."""
     ids: dict[int, None] = {}
@@ -201,6 +229,6 @@ def _tokenizer_size(path: Path) -> int | None:
         vocab = raw["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         ids += [token["id"] for token in raw.get("added_tokens") or []]
-    except (KeyError, TypeError) as error:
+        return max(ids) + 1
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is not a usable tokenizer: {error!r}.") from error
-    return max(ids) + 1
