@@ -23,11 +23,12 @@ from skippy.engine.tensors import Segment
 class PassAttention(Protocol):
     """Attention of one pass: made once, called by every layer that the pass runs through."""
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         """Cache this layer's keys and values, then attend.
 
-        queries [N, heads, head_dim]; keys, values [N, kv_heads, head_dim]; to
-        [N, heads * head_dim]. Rows beyond the segments come out as zeros or nonsense.
+        queries [N, heads, head_dim], where head h reads KV head h % kv_heads; keys_values
+        [N, 2 * kv_heads, head_dim]; to [N, heads * head_dim]. Rows beyond the segments come
+        out as zeros or nonsense.
         """
         ...
 
@@ -141,20 +142,18 @@ class _SDPAPass:
         # The usual step of a single client: one segment, padded, is the whole batch.
         self._alone = len(segments) == 1 and self._parts[0][1] == slice(0, len(slots) * backend.group)
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         backend = self._backend
-        backend.pool.write(layer, self._slots, keys, values)
-        rows, group, kv_heads, head_dim = len(queries), backend.group, backend.num_kv_heads, backend.head_dim
+        backend.pool.write(layer, self._slots, keys_values)
         # Heads that share a KV head become rows of one product: [1, kv_heads, N * group, head_dim].
-        folded = (
-            queries.view(rows, kv_heads, group, head_dim).transpose(0, 1).reshape(1, kv_heads, rows * group, head_dim)
-        )
+        rows, shape = len(queries), (-1, backend.num_kv_heads, backend.head_dim)
+        folded = queries.reshape(shape).transpose(0, 1)[None]
         if self._alone:
             (_, _, where, mask), *_ = self._parts
-            out = backend.attend(folded, *backend.pool.read(layer, where), mask)
+            out = backend.attend(folded, *backend.pool.read(layer, where), mask).transpose(1, 2)
         else:
-            out = torch.zeros_like(folded)
+            out = queries.new_zeros(rows * backend.group, *shape[1:])
             for target, source, where, mask in self._parts:
                 attended = backend.attend(folded[:, :, source], *backend.pool.read(layer, where), mask)
-                out[:, :, target] = attended[:, :, : target.stop - target.start]
-        return out.view(kv_heads, rows, group, head_dim).transpose(0, 1).reshape(rows, -1)
+                out[target] = attended[0].transpose(0, 1)[: target.stop - target.start]
+        return out.reshape(rows, -1)

@@ -14,8 +14,9 @@ class KVPool:
     of its own. One block beyond the allocator's takes what padding rows write.
 
     Attributes:
-        keys, values: [layers, slots, kv_heads, head_dim], zero at first. Zero, because a
-            masked slot still takes part as 0 * value, and 0 * NaN is NaN.
+        cache: [layers, slots, 2 * kv_heads, head_dim], a token's keys before its values, zero
+            at first: a masked slot still takes part as 0 * value, and 0 * NaN is NaN.
+        keys, values: the halves of it, [layers, slots, kv_heads, head_dim] each.
     """
 
     def __init__(
@@ -31,22 +32,23 @@ class KVPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.padding_slot = num_blocks * block_size
-        shape = (num_layers, (num_blocks + 1) * block_size, num_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        # Views made once: a view costs a microsecond, and a step would make hundreds.
-        self._rows = list(zip(self.keys, self.values, strict=True))
-        self._heads = [(keys.transpose(0, 1)[None], values.transpose(0, 1)[None]) for keys, values in self._rows]
+        shape = (num_layers, (num_blocks + 1) * block_size, 2 * num_kv_heads, head_dim)
+        self.cache = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = self.cache.chunk(2, dim=2)
+        # Views made once: a view costs microseconds, and a step would make hundreds.
+        self._layers = list(self.cache)
+        self._heads = [
+            (keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
     def slot(self, table: list[int], position: int) -> int:
         block, offset = divmod(position, self.block_size)
         return table[block] * self.block_size + offset
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store rows. slots [N] int64; keys, values [N, kv_heads, head_dim]."""
-        cached_keys, cached_values = self._rows[layer]
-        cached_keys.index_copy_(0, slots, keys)
-        cached_values.index_copy_(0, slots, values)
+    def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
+        """Store rows. slots [N] int64; keys_values [N, 2 * kv_heads, head_dim]."""
+        self._layers[layer].index_copy_(0, slots, keys_values)
 
     def locate(self, table: list[int]) -> slice | Tensor:
         """Where the slots of these blocks are: a slice if they stand together, else indices."""
@@ -62,16 +64,16 @@ class KVPool:
         if isinstance(where, slice):
             keys, values = self._heads[layer]
             return keys[:, :, where], values[:, :, where]
-        keys, values = self._rows[layer]
-        return keys[where].transpose(0, 1)[None], values[where].transpose(0, 1)[None]
+        gathered = self._layers[layer].index_select(0, where).transpose(0, 1)[None]
+        keys, values = gathered.chunk(2, dim=1)
+        return keys, values
 
     def zero(self, table: list[int]) -> None:
         """Erase blocks whose content is not to be trusted, so that no NaN outlives its request."""
         for block in table:
             slots = slice(block * self.block_size, (block + 1) * self.block_size)
-            self.keys[:, slots] = 0
-            self.values[:, slots] = 0
+            self.cache[:, slots] = 0
 
     @property
     def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.cache.nbytes

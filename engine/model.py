@@ -136,7 +136,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.device.type != "cpu":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # On CPU rms_norm is twice as many operations, which is what a small model's step consists of.
+        norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm * norm / x.shape[-1] + self.eps)
+        return (x * scale * self.weight).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +162,8 @@ class _Pass:
 
 
 class SelfAttention(nn.Module):
+    """Grouped-query attention. Query head h reads KV head h % num_kv_heads (see `weights`)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -171,10 +178,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
         qkv = shared.product(layer, "qkv", self.qkv, x).view(len(x), -1, self.head_dim)
-        rotated, values = qkv[:, : -self.num_kv_heads], qkv[:, -self.num_kv_heads :]
-        rotated = torch.addcmul(rotated * shared.cos, rotated.roll(self.head_dim // 2, -1), shared.sin)
-        queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        return shared.product(layer, "o", self.out, shared.attend(layer, queries, keys, values))
+        unrotated = qkv[:, : -self.num_kv_heads]
+        rotated = torch.addcmul(unrotated * shared.cos, unrotated.roll(self.head_dim // 2, -1), shared.sin)
+        if torch.is_grad_enabled():
+            qkv = torch.cat((rotated, qkv[:, -self.num_kv_heads :]), 1)
+        else:
+            unrotated.copy_(rotated)
+        attended = shared.attend(layer, qkv[:, : self.num_heads], qkv[:, self.num_heads :])
+        return shared.product(layer, "o", self.out, attended)
 
 
 class MLP(nn.Module):

@@ -22,11 +22,12 @@ from skippy.engine.types import SamplingParams
 class _DenseAttention:
     """Causal attention over the rows of one pass, which hold one whole sequence."""
 
-    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         del layer
-        group = queries.shape[1] // keys.shape[1]
-        q, k, v = (t.transpose(0, 1) for t in (queries, keys, values))
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+        q = queries.transpose(0, 1)
+        k, v = keys_values.transpose(0, 1).chunk(2)
+        group = len(q) // len(k)
+        k, v = k.repeat(group, 1, 1), v.repeat(group, 1, 1)
         scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
         future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         weights = scores.masked_fill(future, float("-inf")).softmax(-1)

@@ -159,10 +159,26 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
             )
     if checkpoint.config.tie_word_embeddings:
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
+    _spread_heads(loaded, checkpoint.config)
     model.load_state_dict(loaded, assign=True)
     if checkpoint.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
+
+
+def _spread_heads(tensors: dict[str, torch.Tensor], config: ModelConfig) -> None:
+    """Reorder query heads from h // group == KV head to h % num_kv_heads == KV head.
+
+    So the query heads of one KV head can be read as rows of one product without a copy.
+    The function that the layer computes stays the same.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    order = torch.arange(heads).view(kv_heads, heads // kv_heads).t().flatten()
+    for name, tensor in tensors.items():
+        if ".self_attn.q_proj." in name:
+            tensors[name] = tensor.view(heads, -1, *tensor.shape[1:])[order.to(tensor.device)].flatten(0, 1)
+        elif name.endswith(".self_attn.o_proj.weight"):
+            tensors[name] = tensor.view(len(tensor), heads, -1)[:, order.to(tensor.device)].flatten(1)
 
 
 def _ignorable(name: str, checkpoint: Checkpoint) -> bool:

@@ -42,7 +42,7 @@ class Past:
         """What rows start..stop should come to, [stop - start, heads * dim] float64."""
         group = self.queries.shape[1] // KV_HEADS
         q = self.queries[start:stop].double()
-        k, v = (t[:stop].double().repeat_interleave(group, 1) for t in (self.keys, self.values))
+        k, v = (t[:stop].double().repeat(1, group, 1) for t in (self.keys, self.values))
         scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(DIM)
         future = torch.arange(stop)[None, :] > torch.arange(start, stop)[:, None]
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
@@ -72,7 +72,7 @@ class Bench:
 
     def cache(self, past: Past, table: list[int], length: int) -> None:
         slots = torch.tensor([self.pool.slot(table, position) for position in range(length)], dtype=torch.int64)
-        self.pool.write(0, slots, past.keys[:length], past.values[:length])
+        self.pool.write(0, slots, torch.cat((past.keys, past.values), 1)[:length])
 
     def run(self, *pieces: Piece) -> list[Tensor]:
         """One pass over all the pieces, cut where blocks end; the rows of each."""
@@ -93,7 +93,7 @@ class Bench:
             return torch.cat([*parts, torch.ones(slack, *parts[0].shape[1:], dtype=self.dtype)])
 
         attend = self.attention.begin(segments, torch.tensor(slots))
-        out = attend(0, rows("queries"), rows("keys"), rows("values"))
+        out = attend(0, rows("queries"), torch.cat((rows("keys"), rows("values")), 1))
         return list(out[: len(slots) - slack].split([piece.stop - piece.start for piece in pieces]))
 
 

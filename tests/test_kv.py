@@ -28,7 +28,7 @@ def slots(pool: KVPool, table: list[int], count: int) -> Tensor:
 @pytest.mark.parametrize("table", [[1, 2, 3], [3, 1, 2], [5, 0, 2], [0, 2, 4]])
 def test_rows_are_read_back_in_order_of_position(pool: KVPool, table: list[int]) -> None:
     keys, values = rows(10, seed=1), rows(10, seed=2)
-    pool.write(1, slots(pool, table, 10), keys, values)
+    pool.write(1, slots(pool, table, 10), torch.cat((keys, values), 1))
     read_keys, read_values = pool.read(1, pool.locate(table))
     assert read_keys.shape == read_values.shape == (1, HEADS, 3 * SIZE, DIM)
     assert torch.equal(read_keys[0, :, :10].transpose(0, 1), keys)
@@ -36,7 +36,7 @@ def test_rows_are_read_back_in_order_of_position(pool: KVPool, table: list[int])
 
 
 def test_a_write_touches_its_layer_and_its_slots_only(pool: KVPool) -> None:
-    pool.write(1, slots(pool, [2], 3), rows(3), rows(3))
+    pool.write(1, slots(pool, [2], 3), torch.cat((rows(3), rows(3)), 1))
     assert not pool.keys[0].any()
     written = pool.keys[1].any(-1).any(-1)
     assert written.nonzero().flatten().tolist() == [8, 9, 10]
@@ -69,7 +69,7 @@ def test_the_pool_starts_at_zero(pool: KVPool) -> None:
 
 def test_padding_rows_have_a_block_that_no_table_can_hold(pool: KVPool) -> None:
     assert pool.padding_slot == BLOCKS * SIZE
-    pool.write(0, torch.full((3,), pool.padding_slot), rows(3), rows(3))
+    pool.write(0, torch.full((3,), pool.padding_slot), torch.cat((rows(3), rows(3)), 1))
     keys, _ = pool.read(0, pool.locate(list(range(BLOCKS))))
     assert not keys.any()
 
@@ -77,7 +77,8 @@ def test_padding_rows_have_a_block_that_no_table_can_hold(pool: KVPool) -> None:
 def test_zero_erases_the_blocks_at_every_layer(pool: KVPool) -> None:
     for layer in range(LAYERS):
         everything = torch.arange(BLOCKS * SIZE)
-        pool.write(layer, everything, rows(len(everything)), torch.full((len(everything), HEADS, DIM), float("nan")))
+        values = torch.full((len(everything), HEADS, DIM), float("nan"))
+        pool.write(layer, everything, torch.cat((rows(len(everything)), values), 1))
     pool.zero([4, 1])
     kept = [0, 2, 3, 5]
     for layer in range(LAYERS):

@@ -97,7 +97,7 @@ def random_linear(
     outputs: int, inputs: int, dtype: torch.dtype, bias: bool = False
 ) -> tuple[RowLinear, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(outputs * inputs)
-    weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).to(dtype)
+    weight = (torch.randn(outputs, inputs, generator=generator) / inputs**0.5).bfloat16().to(dtype)
     offset = torch.randn(outputs, generator=generator).to(dtype) if bias else None
     return RowLinear(weight.clone(), offset), weight, offset
 
@@ -117,19 +117,15 @@ def cancelling(outputs: int, inputs: int, dtype: torch.dtype) -> tuple[RowLinear
     rows = torch.zeros(128, inputs, dtype=dtype)
     half = inputs // 2
     for tensor, sign in ((weight, -1), (rows, 1)):
-        part = torch.randn(len(tensor), half, generator=generator).to(dtype)
+        part = torch.randn(len(tensor), half, generator=generator).bfloat16().to(dtype)
         tensor[:, :half], tensor[:, half : 2 * half] = part, sign * part.flip(1)
     return RowLinear(weight), rows
 
 
-@pytest.fixture(params=["packed", "unpacked"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The weight as oneDNN packs it where there is oneDNN, and as it came."""
-    if request.param == "unpacked":
-        monkeypatch.setattr(linear, "_pack", lambda _: None)
-    elif not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no oneDNN")
-    return str(request.param)
+@pytest.fixture(params=["_half", "_blocked", "_plain"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel in turn; what it does not take goes to the plain one."""
+    monkeypatch.setattr(linear, "CPU_KERNELS", (getattr(linear, request.param), linear._plain))
 
 
 SHAPES = [(64, 64), (256, 704), (1408, 256), (97, 33)]
@@ -177,7 +173,20 @@ class TestRowLinear:
         assert torch.equal(product(x), x + 1)
         assert tiles == [8, 8, 4]
 
-    def test_the_weight_is_kept_once(self) -> None:
-        product, weight, _ = random_linear(64, 64, torch.float32)
+    def test_it_knows_its_shape(self) -> None:
+        product, weight, _ = random_linear(64, 48, torch.float32)
         assert (product.out_features, product.in_features) == tuple(weight.shape)
-        assert (product._packed is None) == (product._weight.numel() == weight.numel())
+
+
+class TestHalf:
+    """float16 weights under float32 arithmetic, only where nothing is lost."""
+
+    def test_a_bfloat16_checkpoint_is_taken(self) -> None:
+        weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+        assert linear._half(weight, None) is not None
+
+    @pytest.mark.parametrize("value", [1 / 3, 1e5, float("inf")], ids=["too fine", "too large", "infinite"])
+    def test_a_weight_that_float16_cannot_hold_is_not(self, value: float) -> None:
+        weight = torch.zeros(32, 64)
+        weight[3, 5] = value
+        assert linear._half(weight, None) is None

@@ -146,9 +146,10 @@ class TestModule:
         rows = torch.arange(5)
         batch = TokenBatch(token_ids=rows, positions=rows, slots=rows, segments=[], logit_rows=rows)
 
-        def mix(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def mix(layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
             del layer
-            return (queries + (keys + values).repeat_interleave(group, 1)).flatten(1)
+            keys, values = keys_values.chunk(2, 1)
+            return (queries + (keys + values).repeat(1, group, 1)).flatten(1)
 
         model.logits(model(batch, full_plan(model.config), mix)).square().sum().backward()  # type: ignore[no-untyped-call]
         idle = [

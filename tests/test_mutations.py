@@ -46,11 +46,11 @@ def accepts_after_a_gap(patch: pytest.MonkeyPatch) -> None:
 def leaves_a_stale_slot(patch: pytest.MonkeyPatch) -> None:
     write = KVPool.write
 
-    def forgetful(pool: KVPool, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def forgetful(pool: KVPool, layer: int, slots: torch.Tensor, keys_values: torch.Tensor) -> None:
         # The newest token of the first sequence keeps what a rejected draft left in its slot.
         kept = slots.clone()
         kept[0] = pool.padding_slot
-        write(pool, layer, kept, keys, values)
+        write(pool, layer, kept, keys_values)
 
     patch.setattr(KVPool, "write", forgetful)
 
