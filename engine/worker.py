@@ -38,13 +38,15 @@ class Worker:
     def run(self) -> int:
         """Serve until the pipe closes. Returns the exit code."""
         try:
-            config = self._await_start()
+            config, early = self._await_start()
             try:
                 engine = Engine(config)
             except SkippyError as error:
                 self._send(Fatal(str(error)))
                 return 2
             self._send(Ready(engine.info))
+            for command in early:
+                self._obey(engine, command)
             while True:
                 self._take_commands(engine, wait=not engine.has_work)
                 if engine.has_work:
@@ -59,12 +61,14 @@ class Worker:
             self._send(Fatal(f"The engine failed: {type(error).__name__}: {error}"))
             return 1
 
-    def _await_start(self) -> EngineConfig:
-        while True:
-            for command in self._read():
-                if not isinstance(command, Start):
-                    raise TypeError(f"the first command is {type(command).__name__}, not Start")
-                return command.config
+    def _await_start(self) -> tuple[EngineConfig, list[Command]]:
+        """The configuration, and whatever commands came along with it."""
+        while not (commands := self._read()):
+            pass
+        start, *early = commands
+        if not isinstance(start, Start):
+            raise TypeError(f"the first command is {type(start).__name__}, not Start")
+        return start.config, early
 
     def _take_commands(self, engine: Engine, *, wait: bool) -> None:
         while wait or select.select([self._read_fd], [], [], 0)[0]:

@@ -1,0 +1,119 @@
+"""Everything is sized once, at start; what cannot be met is refused with what to change."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support_engine import TINY_CONFIG, write_checkpoint
+
+from skippy.engine import CheckpointError, ConfigError, EngineConfig
+from skippy.engine.build import CPU_KV_BYTES, Build, build
+
+BLOCK_BYTES = 2 * 3 * 32 * 2 * 16 * 4
+"""Keys and values, layers, tokens, KV heads, head_dim, float32."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def build_with(folder: Path, **changes: Any) -> Build:
+    return build(EngineConfig(**{"model": str(folder), "device": "cpu", "dtype": "float32", **changes}))
+
+
+class TestDtypeAndDevice:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_the_dtype_asked_for_is_that_of_weights_and_cache(self, folder: Path, dtype: str) -> None:
+        runner = build_with(folder, dtype=dtype).runner
+        assert runner.pool.keys.dtype == runner.pool.values.dtype == getattr(torch, dtype)
+        assert runner.model.model.embed_tokens.weight.dtype == getattr(torch, dtype)
+
+    @pytest.mark.parametrize(("amx", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+    def test_on_cpu_auto_means_what_the_processor_multiplies_fast(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, amx: bool, dtype: torch.dtype
+    ) -> None:
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        assert build_with(folder, dtype="auto").runner.pool.keys.dtype == dtype
+
+    def test_half_precision_is_refused_on_cpu(self, folder: Path) -> None:
+        with pytest.raises(ConfigError, match=r"float16 .* CPU; use float32 or bfloat16"):
+            build_with(folder, dtype="float16")
+
+    def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ConfigError, match="device is cuda, but PyTorch finds no usable GPU"):
+            build_with(folder, device="cuda")
+        assert build_with(folder, device="auto").runner.pool.keys.device.type == "cpu"
+
+    def test_the_number_of_threads_is_set(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[int] = []
+        monkeypatch.setattr(torch, "set_num_threads", asked.append)
+        build_with(folder)
+        assert asked == []
+        build_with(folder, num_threads=3)
+        assert asked == [3]
+
+
+class TestCache:
+    def test_it_is_no_larger_than_all_places_can_use(self, folder: Path) -> None:
+        built = build_with(folder, max_num_seqs=3)
+        assert built.runner.pool.num_blocks == 3 * 256 // 32
+        assert built.max_model_len == TINY_CONFIG["max_position_embeddings"]
+
+    def test_blocks_that_are_not_quite_filled_count(self, folder: Path) -> None:
+        assert build_with(folder, max_num_seqs=3, max_model_len=100).runner.pool.num_blocks == 3 * 4
+        assert build_with(folder, max_num_seqs=3, block_size=24).runner.pool.num_blocks == 3 * 11
+
+    @pytest.mark.parametrize(("blocks", "spare"), [(12, 0), (12, BLOCK_BYTES - 1), (8, 0)])
+    def test_it_keeps_within_the_memory_allowed(self, folder: Path, blocks: int, spare: int) -> None:
+        budget = (blocks + 1) * BLOCK_BYTES + spare
+        pool = build_with(folder, kv_cache_memory_bytes=budget).runner.pool
+        assert pool.num_blocks == blocks, "one more takes what padding rows write"
+        assert budget - BLOCK_BYTES < pool.num_bytes <= budget
+
+    def test_the_cpu_has_an_allowance_of_its_own(self, folder: Path) -> None:
+        pool = build_with(folder, max_num_seqs=100_000, max_num_batched_tokens=100_000).runner.pool
+        assert CPU_KV_BYTES - BLOCK_BYTES < pool.num_bytes <= CPU_KV_BYTES
+
+    def test_bfloat16_holds_twice_as_much(self, folder: Path) -> None:
+        blocks = [
+            build_with(folder, kv_cache_memory_bytes=20 * BLOCK_BYTES, dtype=dtype).runner.pool.num_blocks
+            for dtype in ("float32", "bfloat16")
+        ]
+        assert blocks == [19, 39]
+
+    def test_memory_for_less_than_a_block_is_refused(self, folder: Path) -> None:
+        with pytest.raises(ConfigError, match=f"two blocks of 32 tokens need {2 * BLOCK_BYTES}"):
+            build_with(folder, kv_cache_memory_bytes=2 * BLOCK_BYTES - 1)
+
+
+class TestContext:
+    def test_it_may_be_shorter_than_the_model_allows(self, folder: Path) -> None:
+        assert build_with(folder, max_model_len=77).max_model_len == 77
+
+    def test_longer_than_the_model_allows_is_refused(self, folder: Path) -> None:
+        with pytest.raises(ConfigError, match="max_model_len 257 exceeds the 256 positions of the model"):
+            build_with(folder, max_model_len=257)
+
+    def test_it_shrinks_to_the_cache_and_says_so(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO, "skippy.engine"):
+            assert build_with(folder, kv_cache_memory_bytes=4 * BLOCK_BYTES).max_model_len == 3 * 32
+        assert "context 96 of 256" in caplog.text
+
+    def test_asked_for_it_does_not_shrink(self, folder: Path) -> None:
+        with pytest.raises(ConfigError, match="max_model_len 100 needs 4 KV blocks, and the cache has 3"):
+            build_with(folder, kv_cache_memory_bytes=4 * BLOCK_BYTES, max_model_len=100)
+        built = build_with(folder, kv_cache_memory_bytes=4 * BLOCK_BYTES, max_model_len=96)
+        assert built.max_model_len == 96
+
+
+def test_a_damaged_checkpoint_is_no_matter_of_configuration(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        build_with(tmp_path)
