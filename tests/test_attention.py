@@ -94,7 +94,7 @@ class Bench:
 
         attend = self.attention.begin(segments, torch.tensor(slots))
         out = attend(0, rows("queries"), torch.cat((rows("keys"), rows("values")), 1))
-        return list(out[: len(slots) - slack].split([piece.stop - piece.start for piece in pieces]))
+        return list(torch.split(out[: len(slots) - slack], [piece.stop - piece.start for piece in pieces]))
 
 
 class TestAgainstDense:

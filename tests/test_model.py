@@ -49,7 +49,7 @@ TRAITS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=TRAITS.values(), ids=TRAITS.keys())
+@pytest.fixture(params=list(TRAITS.values()), ids=list(TRAITS))
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path, **request.param)
 

@@ -52,7 +52,7 @@ class Bench:
 
     def run(self, rows: Sequence[Rows], adapter: Adapter | None = None) -> list[Tensor]:
         logits = self.runner.run(rows, self.plan, adapter)
-        return list(logits.split([part.num_logits for part in rows]))
+        return list(torch.split(logits, [part.num_logits for part in rows]))
 
 
 class Adapter:

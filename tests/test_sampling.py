@@ -136,9 +136,9 @@ class TestCompany:
             sizes.append(len(draft) + 1)
         logits = random_logits(sum(sizes), vocab)
         together = choose(logits, groups)
-        for group, rows, tokens in zip(groups, logits.split(sizes), together, strict=True):
+        for group, rows, tokens in zip(groups, torch.split(logits, sizes), together, strict=True):
             assert choose(rows, [group]) == [tokens]
-        backwards = choose(torch.cat(logits.split(sizes)[::-1]), groups[::-1])
+        backwards = choose(torch.cat(torch.split(logits, sizes)[::-1]), groups[::-1])
         assert backwards[::-1] == together
 
     @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -105,7 +105,7 @@ class TestEngineConfig:
             ("gpu_memory_utilization", 1.1),
         ],
     )
-    def test_what_is_out_of_range_is_refused_by_name(self, name: str, value: float) -> None:
+    def test_what_is_out_of_range_is_refused_by_name(self, name: str, value: Any) -> None:
         with pytest.raises(ConfigError, match=f"^{name} .*{value}"):
             EngineConfig(**{name: value})
 

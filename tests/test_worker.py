@@ -29,7 +29,7 @@ class Process:
         self.events, events = os.pipe()
         # A small pipe: the worker cannot run ahead of its reader, and writes frames in pieces.
         fcntl.fcntl(self.events, fcntl.F_SETPIPE_SZ, 4096)
-        self._frames = FrameReader(Event)  # type: ignore[arg-type]
+        self._frames = FrameReader(Event)
         self._received: list[Event] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "skippy.engine.worker", str(commands), str(events)],
