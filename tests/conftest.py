@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 import threading
@@ -17,6 +18,10 @@ import tokenizers
 import uvicorn
 import uvloop
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+# One thread each: tests share the cores with the servers that they start, and PyTorch's
+# threads wait for each other. Set before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from skippy.engine import Tokenizer
 from skippy.server.app import create_app
