@@ -33,12 +33,10 @@ class TestDtypeAndDevice:
         assert runner.pool.keys.dtype == runner.pool.values.dtype == getattr(torch, dtype)
         assert runner.model.model.embed_tokens.weight.dtype == getattr(torch, dtype)
 
-    @pytest.mark.parametrize(("amx", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-    def test_on_cpu_auto_means_what_the_processor_multiplies_fast(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, amx: bool, dtype: torch.dtype
-    ) -> None:
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        assert build_with(folder, dtype="auto").runner.pool.keys.dtype == dtype
+    @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+    def test_on_cpu_auto_is_float32_whatever_is_stored(self, tmp_path: Path, stored: str) -> None:
+        folder = write_checkpoint(tmp_path, dtype=stored)
+        assert build_with(folder, dtype="auto").runner.pool.keys.dtype == torch.float32
 
     def test_half_precision_is_refused_on_cpu(self, folder: Path) -> None:
         with pytest.raises(ConfigError, match=r"float16 .* CPU; use float32 or bfloat16"):

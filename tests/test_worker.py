@@ -17,6 +17,7 @@ from support_engine import write_checkpoint
 from skippy.engine import EngineConfig, Request, SamplingParams
 from skippy.engine.messages import Abort, Add, Command, Event, Fatal, FrameReader, Ready, Start, Stepped, encode
 from skippy.engine.types import SequenceOutput
+from skippy.engine.worker import Worker
 
 PATIENCE = 60.0
 
@@ -94,6 +95,21 @@ def worker() -> Iterator[Process]:
         process.close()
 
 
+def in_process(*commands: Command) -> tuple[int, list[Command | Event]]:
+    """What a worker returns and says that reads these commands and then the end, without a process of its own."""
+    reads, writes = os.pipe()
+    events_out, events_in = os.pipe()
+    try:
+        os.write(writes, b"".join(map(encode, commands)))
+        os.close(writes)
+        code = Worker(reads, events_in).run()
+        os.close(events_in)
+        return code, FrameReader(Event).feed(os.read(events_out, 1 << 16))
+    finally:
+        os.close(reads)
+        os.close(events_out)
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     folder: Path = write_checkpoint(tmp_path_factory.mktemp("tiny"))
@@ -160,6 +176,13 @@ class TestServing:
         outputs = loaded.until_finished("c")
         assert len(tokens(outputs["c"])) == 6
 
+    def test_one_choice_can_be_aborted_alone(self, loaded: Process) -> None:
+        params = SamplingParams(max_tokens=6, ignore_eos=True, seed=1)
+        loaded.send(Add(Request("e", (1, 5, 9), params, n=3)), Abort("e", 0), Abort("e", 2), Abort("e", 7))
+        outputs = loaded.until_finished("e")["e"]
+        assert {output.index for output in outputs} == {1}
+        assert len(tokens(outputs)) == 6
+
     def test_an_abort_in_the_middle_frees_the_name(self, loaded: Process) -> None:
         loaded.send(Add(request("d", max_tokens=240)))
         first = loaded.outputs()
@@ -198,14 +221,11 @@ class TestEnds:
             assert len(rest) < 200, "it did not finish the request first"
 
     def test_closing_the_pipe_before_the_start_ends_it(self) -> None:
-        with worker() as process:
-            process.hang_up()
-            assert process.exit_code() == 0
+        assert in_process() == (0, [])
 
     def test_whatever_else_comes_first_is_fatal(self) -> None:
-        with worker() as process:
-            process.send(Abort("a"))
-            event = process.receive()
-            assert isinstance(event, Fatal)
-            assert "Abort" in event.message
-            assert process.exit_code() == 1
+        code, events = in_process(Abort("a"), Start(EngineConfig()))
+        assert code == 1
+        (fatal,) = events
+        assert isinstance(fatal, Fatal)
+        assert "Abort" in fatal.message
