@@ -94,18 +94,36 @@ class SDPAAttention:
         if self.pool.keys.device.type != "cpu":
             return 1
         size = self.pool.block_size
-        generator = torch.Generator().manual_seed(0)
-
-        def random(rows: int, heads: int) -> Tensor:
-            return torch.randn(1, heads, rows, self.head_dim, generator=generator).to(self.pool.keys.dtype)
-
-        queries = random((size + max(MULTIPLES)) * self.group, self.num_kv_heads)
-        keys, values = (random(self._max_base, self.num_kv_heads) for _ in range(2))
-        lengths = [blocks * size for blocks in (*range(1, 17), 24, 33, 64) if blocks * size <= self._max_base]
+        # Every length a few blocks long, then some: kernels change with the length, too.
+        lengths = [blocks * size for blocks in (*range(1, 9), 12, 16, 24, 33, 64) if blocks * size <= self._max_base]
+        probes = [probe for length in lengths for probe in self._probes(length)]
         for multiple in MULTIPLES:
-            if all(self._rows_agree(multiple, queries, keys[:, :, :n], values[:, :, :n]) for n in lengths):
+            if all(self._rows_agree(multiple, *probe) for probe in probes):
                 return multiple
         return max(MULTIPLES)
+
+    def _probes(self, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Queries, keys and values in which the order of summation shows, even in bfloat16.
+
+        Rounding to bfloat16 hides most of it, so one probe has scores that cancel, rounding
+        errors magnified, and the other equal scores and values that cancel before the last block.
+        """
+        size, dtype = self.pool.block_size, self.pool.keys.dtype
+        generator = torch.Generator().manual_seed(0)
+
+        def random(rows: int) -> Tensor:
+            return torch.randn(1, self.num_kv_heads, rows, self.head_dim, generator=generator).to(dtype)
+
+        queries, keys, values = random((size + max(MULTIPLES)) * self.group), random(length), random(length)
+        half = self.head_dim // 2
+        crossed = (
+            torch.cat((queries[..., :half], queries[..., :half].flip(-1)), -1) * 1024,
+            torch.cat((keys[..., :half], -keys[..., :half].flip(-1)), -1) * 1024,
+            values,
+        )
+        balanced = torch.cat((values[:, :, :-size], -values[:, :, :-size].flip(2), values[:, :, -size:] * 2**-16), 2)
+        flat = (torch.zeros_like(queries), torch.cat((keys[:, :, :-size], keys), 2), balanced)
+        return [crossed, flat] if balanced.shape[2] <= self._max_base else [crossed]
 
     def _rows_agree(self, multiple: int, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether runs of `multiple` rows from anywhere, and of its multiples, agree with a whole block."""

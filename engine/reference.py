@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skippy.engine.model import CausalLM, full_plan
-from skippy.engine.sampling import SamplingState, gumbel
+from skippy.engine.sampling import SamplingState, exponential, fold, noise_bits
 from skippy.engine.tensors import TokenBatch
 from skippy.engine.types import SamplingParams
 
@@ -64,8 +64,8 @@ def reference_choice(
         x[list(ends)] = -math.inf
     if not params.greedy:
         x = _truncate((x / params.temperature).log_softmax(-1), params)
-        ids = torch.arange(len(x))
-        x = x + gumbel(torch.full_like(ids, key & 0xFFFFFFFF), torch.full_like(ids, key >> 32), ids)
+        ids = torch.arange(len(x), dtype=torch.int32)
+        x = x - exponential(noise_bits(torch.tensor(fold(key), dtype=torch.int32), ids)).log()
     first, second = x.topk(2).values.tolist()
     return int(x.argmax()), first - second
 

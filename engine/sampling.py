@@ -2,7 +2,7 @@
 
 A token is a function of (logits, params, key), where the key is (seed, choice index,
 absolute index of the token). Greedy is argmax. Sampling is Gumbel-max: the token with the
-largest log p - log e, where e is exponential noise that depends on key and token id alone.
+largest p / e, where e is exponential noise that depends on key and token id alone.
 So a row can be sampled in any batch, in any order, once or twice, and a drafter that knows
 the key can foresee the noise.
 
@@ -12,7 +12,6 @@ neighbours are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,13 +22,8 @@ from skippy.engine.tensors import to_device
 from skippy.engine.types import SamplingParams
 
 _MASK64 = 2**64 - 1
-_MASK32 = 2**32 - 1
-
-# With u in [2^-25, 1 - 2^-25] the noise -log(e) lies in [-2.86, 17.33], so a token that
-# trails the best by more than their difference cannot win, whatever its noise.
-_HOPELESS = 20.2
-_FEW = 256
-"""How many of the best tokens top_p looks at before it sorts them all."""
+_FEW = 512
+"""How many of the likeliest tokens top_p looks at before it sorts them all."""
 
 
 class SamplingState:
@@ -184,69 +178,93 @@ def _rows_after(base: Tensor, draft: Sequence[int], num_rows: int) -> Tensor:
 
 
 def _sample(scaled: Tensor, params: Sequence[SamplingParams], keys: Sequence[int]) -> Tensor:
-    """[R] int64: Gumbel-max over the tokens that truncation leaves. scaled [R, V] = logits / temperature."""
-    logp = torch.log_softmax(scaled, -1)
-    rows, ids = _survivors(logp, params).nonzero(as_tuple=True)
-    low = to_device([key & _MASK32 for key in keys], logp.device)
-    high = to_device([key >> 32 for key in keys], logp.device)
-    scores = logp[rows, ids].double() + gumbel(low[rows], high[rows], ids)
-    best = torch.full((len(logp),), float("-inf"), dtype=torch.float64, device=logp.device)
-    best.scatter_reduce_(0, rows, scores, "amax")
-    wins = scores == best[rows]
-    winner = torch.full((len(logp),), logp.shape[1], device=logp.device)
+    """[R] int64: the token with the largest p / e among those that truncation leaves.
+
+    That is Gumbel-max without its outer logarithms. Most tokens are ruled out by integers
+    alone: e = -log1p(-u) is never below u, so a token whose u is above p / best, with the
+    likeliest token's ratio for `best`, cannot win. scaled [R, V] = logits / temperature.
+    """
+    probs = torch.softmax(scaled, -1)
+    keep = _survivors(probs, params)
+    folded = to_device([fold(key) for key in keys], probs.device).int()
+    bits = noise_bits(folded[:, None], torch.arange(probs.shape[1], dtype=torch.int32, device=probs.device))
+    top, place = probs.max(-1, keepdim=True)
+    best = top.double() / exponential(bits.gather(1, place))
+    # A thousandth more than the bound, so that float32 rounding rules nobody out.
+    possible = bits <= probs * (1.001 * 2.0**24 / best).float()
+    rows, ids = (possible if keep is None else possible & keep).nonzero(as_tuple=True)
+    ratio = probs[rows, ids].double() / exponential(bits[rows, ids])
+    largest = torch.zeros(len(probs), dtype=torch.float64, device=probs.device).scatter_reduce_(0, rows, ratio, "amax")
+    wins = ratio == largest[rows]
+    winner = torch.full((len(probs),), probs.shape[1], device=probs.device)
     return winner.scatter_reduce_(0, rows[wins], ids[wins], "amin")
 
 
-def gumbel(low: Tensor, high: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise [S] float64 of a key's two 32-bit halves and a token id, all [S] int64.
-
-    Counter-based: a hash makes 24 uniform bits, u in [2^-25, 1 - 2^-25], and the noise is
-    -log(-log1p(-u)).
-    """
-    bits = _mix32(_mix32(ids ^ low) + high & _MASK32)
-    uniform = ((bits >> 8).double() + 0.5) * 2.0**-24
-    return -torch.log(-torch.log1p(-uniform))
+def fold(key: int) -> int:
+    """The 32 bits of a 64-bit key that the noise is made of, as an int32."""
+    return _signed32(key ^ key >> 32)
 
 
-def _survivors(logp: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """[R, V] bool: the tokens that top_k, top_p and min_p leave in the running."""
-    best = logp.amax(-1)
-    least = best - _HOPELESS
+def noise_bits(keys: Tensor, ids: Tensor) -> Tensor:
+    """24 uniform bits, int32, for every pair of a folded key and a token id (int32, broadcast)."""
+    return (_mix32(_mix32(ids) ^ keys) >> 8) & 0xFFFFFF
+
+
+def exponential(bits: Tensor) -> Tensor:
+    """Standard exponential noise, float64: e = -log1p(-u) with u in [2^-25, 1 - 2^-25]."""
+    return -torch.log1p((bits.double() + 0.5) * -(2.0**-24))
+
+
+def _survivors(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
+    """[R, V] bool: the tokens that top_k, top_p and min_p leave in the running; None for all."""
+    truncated = [p.top_k > 0 or p.top_p < 1.0 for p in params]
     min_p = [p.min_p for p in params]
-    if any(min_p):
-        floors = torch.tensor([math.log(m) if m else -math.inf for m in min_p], device=logp.device)
-        least = torch.maximum(least, best + floors)
-    cut = [row for row, p in enumerate(params) if p.top_k or p.top_p < 1.0]
-    if not cut:
-        return logp >= least[:, None]
-    limits = [_head(logp[row], params[row].top_k, params[row].top_p) for row in cut]
-    rows = to_device(cut, logp.device)
-    least[rows] = torch.maximum(least[rows], torch.tensor([value for value, _ in limits], device=logp.device))
-    keep = logp >= least[:, None]
-    for row, (value, count) in zip(cut, limits, strict=True):
-        # Tokens tied at the edge: those with the lowest ids stay.
-        if float(least[row]) == value and int(keep[row].sum()) > count:
-            tied = (logp[row] == value).nonzero()[:, 0]
-            keep[row, tied[count - int((logp[row] > value).sum()) :]] = False
+    if not any(truncated) and not any(min_p):
+        return None
+    least = probs.amax(-1) * torch.tensor(min_p, device=probs.device)
+    if not any(truncated):
+        return probs >= least[:, None]
+    edge, count = _heads(probs, params)
+    least = torch.maximum(least, edge)
+    keep = probs >= least[:, None]
+    # Tokens tied at the edge: those with the lowest ids stay.
+    crowded = (keep.sum(-1) > count) & (least == edge)
+    for row in crowded.nonzero()[:, 0].tolist():
+        tied = (probs[row] == edge[row]).nonzero()[:, 0]
+        spare = int(count[row]) - int((probs[row] > edge[row]).sum())
+        keep[row, tied[spare:]] = False
     return keep
 
 
-def _head(logp: Tensor, top_k: int, top_p: float) -> tuple[float, int]:
-    """The value of the last token that top_k, then top_p keep, and how many they keep. logp [V]."""
-    size = len(logp)
-    limit = min(top_k or size, size)
-    for few in (min(_FEW, limit), limit):
-        values = logp.topk(few).values
-        if top_p >= 1.0 and few == limit:
-            return float(values[-1]), few
-        mass = values.double().exp().cumsum(0)
-        # Renormalised over what top_k left; over everything, the mass is 1.
-        goal = top_p * (float(mass[-1]) if top_k else 1.0)
-        if few == limit or (not top_k and float(mass[-1]) >= goal):
-            # A token stays while the mass before it is short of the goal.
-            count = min(int((mass < goal).sum()) + 1, few)
-            return float(values[count - 1]), count
-    raise AssertionError("the last round returns")
+def _heads(probs: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """What top_k, then top_p keep: the probability of the last token kept and how many are, [R] each."""
+    size = probs.shape[1]
+    limits = [min(p.top_k or size, size) for p in params]
+    few = min(_FEW, size)
+    edge, count, enough = _head_of(probs.topk(few).values, params, limits, size)
+    for row in (~enough).nonzero()[:, 0].tolist():
+        best = probs[row : row + 1].topk(limits[row]).values
+        edge[row : row + 1], count[row : row + 1], _ = _head_of(best, [params[row]], [limits[row]], size)
+    return edge, count
+
+
+def _head_of(
+    best: Tensor, params: Sequence[SamplingParams], limits: Sequence[int], size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_heads` judged by the likeliest tokens alone, best [R, K] in falling order; and where K was enough."""
+    few, device = best.shape[1], best.device
+    limit = to_device(limits, device)
+    seen = limit.clamp(max=few)
+    mass = best.double().cumsum(-1)
+    # Renormalised over what top_k left; over everything, the mass is 1.
+    whole = torch.where(limit < size, mass.gather(1, seen[:, None] - 1)[:, 0], 1.0)
+    goal = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device) * whole
+    # A token stays while the mass before it is short of the goal.
+    by_mass = (mass < goal[:, None]).sum(-1) + 1
+    unbounded = torch.tensor([p.top_p >= 1.0 for p in params], device=device)
+    count = torch.where(unbounded, seen, torch.minimum(by_mass, seen))
+    enough = (limit <= few) | ((limit == size) & ~unbounded & (by_mass <= few))
+    return best.gather(1, count[:, None] - 1)[:, 0], count, enough
 
 
 def _mix64(x: int) -> int:
@@ -258,9 +276,14 @@ def _mix64(x: int) -> int:
 
 
 def _mix32(x: Tensor) -> Tensor:
-    """A bijective 32-bit mixer in int64 arithmetic (the low half of a product does not mind overflow)."""
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D & _MASK32
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B & _MASK32
-    return x ^ (x >> 16)
+    """A bijective 32-bit mixer in wrapping int32 arithmetic; `>>` keeps the sign, so it is masked."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * _signed32(0x846CA68B)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _signed32(x: int) -> int:
+    """The low 32 bits of x as a two's complement number."""
+    return ((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000

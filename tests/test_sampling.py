@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skippy.engine.reference import reference_choice
-from skippy.engine.sampling import RowGroup, SamplingState, choose, gumbel, logprobs
+from skippy.engine.sampling import RowGroup, SamplingState, choose, exponential, fold, logprobs, noise_bits
 from skippy.engine.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -216,27 +216,33 @@ class TestDistribution:
 
 
 class TestNoise:
-    def test_it_is_finite_at_both_ends_of_its_range(self) -> None:
-        lowest, highest = (-math.log(-math.log1p(-u)) for u in (1 - 2.0**-25, 2.0**-25))
-        ids = torch.arange(200_000)
-        noise = gumbel(torch.full_like(ids, 12345), torch.full_like(ids, 678), ids)
-        assert noise.isfinite().all()
-        assert lowest <= float(noise.min())
-        assert float(noise.max()) <= highest
+    def bits(self, key: int, count: int = 200_000) -> Tensor:
+        return noise_bits(torch.tensor(fold(key), dtype=torch.int32), torch.arange(count, dtype=torch.int32))
 
-    def test_it_is_standard_gumbel(self) -> None:
-        ids = torch.arange(200_000)
-        noise = gumbel(torch.full_like(ids, 99), torch.full_like(ids, 7), ids)
-        assert float(noise.mean()) == pytest.approx(0.5772, abs=0.01)
-        assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.03)
+    def test_it_is_finite_and_positive_at_both_ends_of_its_range(self) -> None:
+        noise = exponential(torch.tensor([0, 2**24 - 1], dtype=torch.int32))
+        assert 0 < float(noise[0]) < 2**-24
+        assert 17 < float(noise[1]) < 18
+
+    def test_the_bits_are_uniform(self) -> None:
+        bits = self.bits(12345)
+        assert 0 <= int(bits.min()) < 1000
+        assert 2**24 - 1000 < int(bits.max()) < 2**24
+        counts = torch.bincount(bits >> 16, minlength=256)
+        expected = len(bits) / 256
+        assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(255)
+
+    def test_it_is_standard_exponential(self) -> None:
+        noise = exponential(self.bits(99))
+        assert float(noise.mean()) == pytest.approx(1.0, abs=0.01)
+        assert float(noise.var()) == pytest.approx(1.0, abs=0.03)
 
     def test_it_depends_on_both_halves_of_the_key_and_on_the_token(self) -> None:
-        def noise(low: int, high: int, token: int) -> float:
-            return float(gumbel(*(torch.tensor([value]) for value in (low, high, token))))
-
-        plain = noise(5, 5, 5)
-        assert plain == noise(5, 5, 5)
-        assert plain not in {noise(6, 5, 5), noise(5, 6, 5), noise(5, 5, 6)}
+        plain = self.bits(5 << 32 | 5)
+        assert torch.equal(plain, self.bits(5 << 32 | 5))
+        for other in (5 << 32 | 6, 6 << 32 | 5):
+            assert (plain == self.bits(other)).float().mean() < 1e-3
+        assert plain.unique().numel() > 0.98 * len(plain)
 
     def test_the_key_is_64_bits_of_seed_choice_and_index(self) -> None:
         keys = {
@@ -386,3 +392,22 @@ class TestLogprobs:
         values, best = logprobs(random_logits(2), [0, 1], 0)
         assert len(values) == 2
         assert best == [[], []]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"top_p": 0.999}, {"top_p": 0.5}, {"top_k": 700}, {"top_k": 700, "top_p": 0.99}, {"top_k": 40, "top_p": 0.9}, {}],
+    ids=str,
+)
+def test_a_vocabulary_larger_than_the_first_look(options: dict[str, Any]) -> None:
+    """Where the likeliest few are not enough to decide, all are looked at, row by row."""
+    logits = (
+        torch.randn(6, 3000, generator=torch.Generator().manual_seed(4)) * torch.tensor([0.1, 0.5, 1, 2, 4, 8])[:, None]
+    )
+    params = SamplingParams(temperature=1.3, **options)
+    state = SamplingState(params, [1], 3, 0, (), 3000, torch.device("cpu"))
+    chosen = choose(logits, [RowGroup(state, index) for index in range(6)])
+    for index, row in enumerate(logits):
+        expected, margin = reference_choice(row, params, 1, [1], (), state.key(index))
+        assert margin > 1e-6
+        assert chosen[index] == [expected]
