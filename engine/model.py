@@ -134,13 +134,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self._eps = torch.tensor(eps, device="cpu")
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         # On CPU rms_norm is twice as many operations, which is what a small model's step consists of.
         norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm * norm / x.shape[-1] + self.eps)
+        scale = torch.rsqrt(torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]))
         return (x * scale * self.weight).to(x.dtype)
 
 
@@ -179,11 +180,12 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
         qkv = shared.product(layer, "qkv", self.qkv, x).view(len(x), -1, self.head_dim)
         unrotated = qkv[:, : -self.num_kv_heads]
-        rotated = torch.addcmul(unrotated * shared.cos, unrotated.roll(self.head_dim // 2, -1), shared.sin)
+        turned = unrotated.roll(self.head_dim // 2, -1)
         if torch.is_grad_enabled():
+            rotated = torch.addcmul(unrotated * shared.cos, turned, shared.sin)
             qkv = torch.cat((rotated, qkv[:, -self.num_kv_heads :]), 1)
         else:
-            unrotated.copy_(rotated)
+            torch.addcmul(unrotated * shared.cos, turned, shared.sin, out=unrotated)
         attended = shared.attend(layer, qkv[:, : self.num_heads], qkv[:, self.num_heads :])
         return shared.product(layer, "o", self.out, attended)
 
