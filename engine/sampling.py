@@ -249,7 +249,7 @@ def _heads(probs: Tensor, params: Sequence[SamplingParams]) -> tuple[Tensor, Ten
 
 
 def _head_of(
-    best: Tensor, params: Sequence[SamplingParams], limits: Sequence[int], size: int
+    best: Tensor, params: Sequence[SamplingParams], limits: list[int], size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_heads` judged by the likeliest tokens alone, best [R, K] in falling order; and where K was enough."""
     few, device = best.shape[1], best.device

@@ -96,7 +96,8 @@ class Settings(BaseModel):
         default=_ENGINE_DEFAULTS.num_speculative_tokens, description="most tokens drafted per step and sequence"
     )
     num_threads: int | None = Field(
-        default=_ENGINE_DEFAULTS.num_threads, description="CPU threads of the engine; unset: PyTorch's choice"
+        default=_ENGINE_DEFAULTS.num_threads,
+        description="CPU threads of the engine; unset: one less than there are cores",
     )
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")

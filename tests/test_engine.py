@@ -10,7 +10,16 @@ import pytest
 import torch
 from support_engine import OracleDrafter, run_dry, tokens_of, write_checkpoint
 
-from skippy.engine import ConfigError, Engine, EngineConfig, InvalidRequest, Request, SamplingParams, SequenceOutput
+from skippy.engine import (
+    ConfigError,
+    Engine,
+    EngineConfig,
+    InvalidRequest,
+    Request,
+    SamplingParams,
+    SequenceOutput,
+    StepStats,
+)
 from skippy.engine.reference import reference_logits
 from skippy.engine.weights import load_model, open_checkpoint
 
@@ -244,7 +253,7 @@ def test_stats_add_up(engine: Engine) -> None:
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
     alone = tokens_of(run_dry(engine, [Request("a", PROMPT, params)]))["a", 0]
     engine.add_drafter(OracleDrafter({("a", 0): alone}))
-    steps = []
+    steps: list[StepStats] = []
     request = Request("a", PROMPT, params, drafter="oracle", num_speculative_tokens=3)
     outputs = run_dry(engine, [request], on_step=steps.append)["a", 0]
     counts = outputs[-1].counts
@@ -252,7 +261,7 @@ def test_stats_add_up(engine: Engine) -> None:
     assert sum(s.prompt_tokens for s in steps) == len(PROMPT) - outputs[0].cached_tokens
     assert sum(s.draft_tokens for s in steps) == counts.drafted
     assert sum(s.accepted_tokens for s in steps) == counts.accepted == counts.drafted
-    assert sum(s.drafts for s in steps) == len([a for s in steps for a in s.accepted_per_step])
+    assert sum(s.drafts for s in steps) == sum(len(s.accepted_per_step) for s in steps)
     assert sum(sum(s.accepted_per_pos) for s in steps) == counts.accepted
     # One token from the prompt's own pass, then steps of three drafted and one of the verifier's.
     assert counts.steps == 1 + -(-19 // 4)

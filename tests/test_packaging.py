@@ -146,8 +146,8 @@ class TestVersions:
 
 class TestReadme:
     def test_the_two_commands(self) -> None:
-        commands = [line for line in README.splitlines() if line.startswith("python -m venv")]
-        setup = "python -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt "
+        commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+        setup = "python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt "
         assert commands == [f"{setup}. && skippy serve", f"{setup}'.[dev]' && pytest"]
 
     def test_its_snippets_can_be_parsed(self) -> None:

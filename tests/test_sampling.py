@@ -242,7 +242,7 @@ class TestNoise:
         assert torch.equal(plain, self.bits(5 << 32 | 5))
         for other in (5 << 32 | 6, 6 << 32 | 5):
             assert (plain == self.bits(other)).float().mean() < 1e-3
-        assert plain.unique().numel() > 0.98 * len(plain)
+        assert len(set(plain.tolist())) > 0.98 * len(plain)
 
     def test_the_key_is_64_bits_of_seed_choice_and_index(self) -> None:
         keys = {

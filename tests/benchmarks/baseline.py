@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -88,7 +89,8 @@ def main() -> None:
     params = SamplingParams(max_tokens=options.max_tokens, temperature=0, ignore_eos=True)
     loop = BareLoop(engine)
     dtype = getattr(torch, engine.info.dtype)
-    peer = AutoModelForCausalLM.from_pretrained(engine.info.model_path, dtype=dtype).to(engine.info.device).eval()
+    peer: Any = AutoModelForCausalLM.from_pretrained(engine.info.model_path, dtype=dtype)
+    peer.to(engine.info.device).eval()
 
     def run_engine() -> list[list[int]]:
         return decode(engine, prompts, "none", 1, params).outputs
