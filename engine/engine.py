@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
 
-from skippy.engine.accept import Verdict, accept
+from skippy.engine.accept import accept
+from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import Build, build
 from skippy.engine.config import EngineConfig
@@ -24,6 +24,7 @@ from skippy.engine.runner import Rows
 from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
 from skippy.engine.scheduler import Schedule, Scheduler, Work
 from skippy.engine.sequence import Sequence
+from skippy.engine.stats import Clock, count_pass, count_verdict
 from skippy.engine.types import (
     DraftCounts,
     EngineInfo,
@@ -34,8 +35,6 @@ from skippy.engine.types import (
     StepStats,
     TokenLogprobs,
 )
-
-MAX_SPECULATIVE_TOKENS = 32
 
 logger = logging.getLogger("skippy.engine")
 
@@ -72,19 +71,18 @@ class Engine:
             config.max_num_batched_tokens,
             config.enable_prefix_caching,
         )
-        self.drafters: dict[str, Drafter] = {}
-        for drafter in (NoDrafter(), NgramDrafter()):
-            self.add_drafter(drafter)
+        known: list[Drafter] = [NoDrafter(), NgramDrafter()]
+        self.drafters = {drafter.name: drafter for drafter in known}
         if config.drafter not in self.drafters:
             raise ConfigError(f"There is no drafter {config.drafter!r}; there are: {', '.join(self.drafters)}.")
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
-        self._errors: list[SequenceOutput] = []
         self.info = self._describe()
 
     def add_drafter(self, drafter: Drafter) -> None:
         """Let requests name one more drafter."""
         self.drafters[drafter.name] = drafter
+        self.info = self._describe()
 
     @property
     def has_work(self) -> bool:
@@ -96,7 +94,9 @@ class Engine:
         Raises:
             InvalidRequest: it can never be served as it is; nothing of it is kept.
         """
-        self._validate(request)
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"A request {request.request_id!r} is running already.", "request_id")
+        check_request(request, self.info)
         seed = random.getrandbits(63) if request.params.seed is None else request.params.seed
         stops = frozenset(request.params.stop_token_ids)
         ends = stops if request.params.ignore_eos else stops | frozenset(self._checkpoint.eos_token_ids)
@@ -113,9 +113,10 @@ class Engine:
                 tokens=list(request.prompt_token_ids),
                 leader=sequences[0] if sequences else None,
             )
+            state = self._sampling_state(sequence)
             self._scheduler.add(sequence)  # refuses the first choice or none: they are of one size
             sequences.append(sequence)
-            self.states[sequence] = self._sampling_state(sequence)
+            self.states[sequence] = state
         self._sequences[request.request_id] = sequences
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -138,7 +139,7 @@ class Engine:
 
         A step that fails ends the requests that took part in it with an error, and no others.
         """
-        clock = _Clock(self.runner.pool.keys.device)
+        clock = Clock(self.runner.pool.keys.device)
         stats = StepStats(kv_blocks_total=self._blocks.num_blocks)
         outputs: list[SequenceOutput] = []
         schedule = self._scheduler.schedule()
@@ -149,10 +150,11 @@ class Engine:
                 logits = self.runner.run(_rows(schedule, drafts), self._verify_plan)
                 groups = self._groups(schedule, drafts)
                 chosen = choose(_decision_rows(logits, schedule, drafts), groups) if groups else []
-                self._book_pass(stats, schedule, clock.lap())
-                outputs = self._commit(schedule, drafts, logits, chosen, stats)
+                count_pass(stats, schedule, clock.lap())
+                # If it fails half-way, what was committed before is told all the same.
+                outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
             except Exception as error:
-                outputs = self._fail(schedule, error)
+                outputs += self._fail(schedule, outputs, error)
         now = self.load()
         stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
         stats.preemptions = schedule.preempted
@@ -193,8 +195,7 @@ class Engine:
         logits: Tensor,
         chosen: SequenceOf[list[int]],
         stats: StepStats,
-    ) -> list[SequenceOutput]:
-        outputs: list[SequenceOutput] = []
+    ) -> Iterator[SequenceOutput]:
         sound = torch.isfinite(logits.amax(-1)).tolist() if len(logits) else []
         row, choices = 0, iter(chosen)
         for work, draft in zip(schedule.work, drafts, strict=True):
@@ -202,12 +203,11 @@ class Engine:
             choice = next(choices) if work.chooses else []
             row = rows.stop
             if not all(sound[rows]):
-                outputs.append(self._end_with_error(work.sequence, "The model computed logits that are not finite."))
+                yield self._end_with_error(work.sequence, "The model computed logits that are not finite.")
                 continue
             output = self._commit_one(work, draft, choice, logits[rows], stats)
             if output is not None:
-                outputs.append(output)
-        return outputs
+                yield output
 
     def _commit_one(
         self, work: Work, draft: list[int], chosen: list[int], logits: Tensor, stats: StepStats
@@ -224,30 +224,13 @@ class Engine:
         sequence.tokens += verdict.emitted
         self.states[sequence].extend(verdict.emitted)
         self._scheduler.commit(sequence, work.start + work.num_known + min(verdict.accepted, len(verdict.emitted) - 1))
-        self._count(sequence, draft, verdict, stats)
+        count_verdict(stats, sequence, draft, verdict)
         finish: FinishReason | None = None
         if verdict.emitted[-1] in sequence.eos_ids:
             finish = "stop"
         elif len(sequence.tokens) == sequence.max_len:
             finish = "length"
         return self._output(sequence, verdict.emitted, logits[-len(chosen) :], finish)
-
-    def _count(self, sequence: Sequence, draft: list[int], verdict: Verdict, stats: StepStats) -> None:
-        sequence.counts.steps += 1
-        stats.decode_sequences += 1
-        stats.generation_tokens += len(verdict.emitted)
-        if not draft:
-            return
-        sequence.counts.drafted += len(draft)
-        sequence.counts.accepted += verdict.accepted
-        sequence.misses = 0 if verdict.accepted else sequence.misses + 1
-        stats.drafts += 1
-        stats.draft_tokens += len(draft)
-        stats.accepted_tokens += verdict.accepted
-        stats.accepted_per_step.append(verdict.accepted)
-        stats.accepted_per_pos += [0] * (len(draft) - len(stats.accepted_per_pos))
-        for place in range(verdict.accepted):
-            stats.accepted_per_pos[place] += 1
 
     def _output(
         self, sequence: Sequence, emitted: list[int], logits: Tensor | None, finish: FinishReason | None
@@ -295,21 +278,21 @@ class Engine:
         if not siblings:
             del self._sequences[sequence.request.request_id]
 
-    def _fail(self, schedule: Schedule, error: Exception) -> list[SequenceOutput]:
-        """End the sequences of a failed step; what they wrote is erased before reuse.
+    def _fail(self, schedule: Schedule, told: list[SequenceOutput], error: Exception) -> list[SequenceOutput]:
+        """End what a failed step did not serve; what it wrote is erased before reuse.
 
         Raises:
             RuntimeError: the device itself failed, and nothing can be served any more.
         """
         if isinstance(error, torch.AcceleratorError):
             raise error
-        logger.exception("a step failed; its %d sequences end with an error", len(schedule.work))
-        message = f"The step failed: {type(error).__name__}: {error}"
-        return [
-            self._end_with_error(work.sequence, message)
-            for work in schedule.work
-            if work.sequence.finish_reason is None
+        served = {(output.request_id, output.index) for output in told}
+        sequences = [
+            w.sequence for w in schedule.work if (w.sequence.request.request_id, w.sequence.index) not in served
         ]
+        logger.exception("a step failed; %d sequences end with an error", len(sequences))
+        message = f"The step failed: {type(error).__name__}: {error}"
+        return [self._end_with_error(sequence, message) for sequence in sequences]
 
     def _end_with_error(self, sequence: Sequence, message: str) -> SequenceOutput:
         own = sequence.table[sequence.published :]
@@ -327,35 +310,6 @@ class Engine:
         self._finish(sequence, "error")
         return output
 
-    def _validate(self, request: Request) -> None:
-        params, prompt, vocab = request.params, request.prompt_token_ids, self._checkpoint.vocab_size
-        if request.request_id in self._sequences:
-            raise InvalidRequest(f"A request {request.request_id!r} is running already.", "request_id")
-        total = len(prompt) + params.max_tokens
-        if total > self._max_model_len or len(prompt) > self._max_model_len:
-            raise InvalidRequest(
-                f"The prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}; together they may be "
-                f"{self._max_model_len} at most.",
-                "max_tokens",
-            )
-        for name, ids in (
-            ("prompt", prompt),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias),
-        ):
-            foreign = [token for token in ids if not 0 <= token < vocab]
-            if foreign:
-                raise InvalidRequest(f"{name} holds token id {foreign[0]}; this model's ids end at {vocab - 1}.", name)
-        if request.drafter is not None and request.drafter not in self.drafters:
-            known = ", ".join(self.drafters)
-            raise InvalidRequest(f"There is no drafter {request.drafter!r}; there are: {known}.", "skippy.drafter")
-        if (request.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
-            raise InvalidRequest(
-                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got "
-                f"{request.num_speculative_tokens}.",
-                "skippy.num_speculative_tokens",
-            )
-
     def _sampling_state(self, sequence: Sequence) -> SamplingState:
         return SamplingState(
             params=sequence.params,
@@ -366,12 +320,6 @@ class Engine:
             vocab_size=self._checkpoint.vocab_size,
             device=self.runner.pool.keys.device,
         )
-
-    def _book_pass(self, stats: StepStats, schedule: Schedule, seconds: float) -> None:
-        if any(not work.sequence.prompt_computed for work in schedule.work):
-            stats.prefill_seconds = seconds
-        else:
-            stats.verify_seconds = seconds
 
     def _describe(self) -> EngineInfo:
         pool, checkpoint = self.runner.pool, self._checkpoint
@@ -393,21 +341,6 @@ class Engine:
             kv_bytes=pool.num_bytes,
             max_num_seqs=self._config.max_num_seqs,
         )
-
-
-class _Clock:
-    """Wall-clock laps that include the work a device was given."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._wait: Callable[[], None] | None = torch.cuda.synchronize if device.type == "cuda" else None
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        if self._wait is not None:
-            self._wait()
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        return seconds
 
 
 def _rows(schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[Rows]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from skippy.engine import (
     StepStats,
 )
 from skippy.engine.reference import reference_logits
+from skippy.engine.scheduler import Work
 from skippy.engine.weights import load_model, open_checkpoint
 
 PROMPT = (1, 5, 9, 5, 9, 5, 9)
@@ -176,6 +178,26 @@ def test_a_failed_step_ends_its_requests_and_no_others(engine: Engine, monkeypat
     assert "out of something" in output.error
     engine.check()
     assert tokens_of(run_dry(engine, [Request("later", PROMPT, params)])) == alone
+
+
+def test_a_step_that_fails_half_way_still_tells_what_it_served(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    engine.add(Request("first", PROMPT, params))
+    engine.add(Request("second", PROMPT, params))
+    commit_one = Engine._commit_one
+
+    def fail_on_the_second(self: Engine, work: Work, *args: Any) -> SequenceOutput | None:
+        if work.sequence.request.request_id == "second":
+            raise RuntimeError("half-way")
+        return commit_one(self, work, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_commit_one", fail_on_the_second)
+        outputs = engine.step().outputs
+    assert [(o.request_id, o.finish_reason, len(o.token_ids)) for o in outputs] == [
+        ("first", "length", 1),
+        ("second", "error", 0),
+    ]
 
 
 def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
