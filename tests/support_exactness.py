@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from support_engine import (
     tokens_of,
 )
 
-from skippy.engine import Engine, EngineConfig, Request, SamplingParams
+from skippy.engine import Engine, EngineConfig, Request, SamplingParams, StepStats
 from skippy.engine.reference import reference_generate
 from skippy.engine.weights import load_model, open_checkpoint
 
@@ -59,6 +59,8 @@ class Tally:
 
     drafted: int = 0
     accepted: int = 0
+    preemptions: int = 0
+    prefill_chunks: int = 0
 
 
 def requests(params: SamplingParams, drafter: str, width: int = 4) -> Iterator[Request]:
@@ -86,7 +88,12 @@ def reference_answers(folder: Path) -> Answers:
     return answers
 
 
-def assert_exact(folder: Path, answers: Answers, **config: object) -> dict[str, Tally]:
+DRAFTERS = ("none", "ngram", "oracle", "wrong", "off-by-one", "random", "identity")
+
+
+def assert_exact(
+    folder: Path, answers: Answers, drafters: Sequence[str] = DRAFTERS, **config: object
+) -> dict[str, Tally]:
     """Every drafter, mode and batch size emits the answers; returns a tally per drafter.
 
     Raises:
@@ -97,11 +104,14 @@ def assert_exact(folder: Path, answers: Answers, **config: object) -> dict[str, 
     for mode, params in MODES.items():
         expected = answers[mode]
         _add_drafters(engine, expected)
-        for drafter in engine.drafters:
+        for drafter in drafters:
             for at_once in (1, len(PROMPTS)):
-                outputs = run_dry(engine, requests(params, drafter), at_once)
+                steps: list[StepStats] = []
+                outputs = run_dry(engine, requests(params, drafter), at_once, steps.append)
                 assert tokens_of(outputs) == expected, f"{mode}, {drafter}, {at_once} at once: tokens differ"
                 tally = tallies.setdefault(drafter, Tally())
+                tally.preemptions += sum(step.preemptions for step in steps)
+                tally.prefill_chunks += sum(step.prompt_tokens > 0 for step in steps)
                 for parts in outputs.values():
                     tally.drafted += parts[-1].counts.drafted
                     tally.accepted += parts[-1].counts.accepted

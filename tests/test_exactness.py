@@ -23,7 +23,6 @@ def answers(folder: Path) -> Answers:
 
 def test_every_drafter_and_mode_emits_what_the_reference_emits(folder: Path, answers: Answers) -> None:
     tallies = assert_exact(folder, answers)
-    assert set(tallies) == {"none", "ngram", "oracle", "wrong", "off-by-one", "random", "identity"}
     assert tallies["none"].drafted == 0
     assert tallies["wrong"].drafted > 100
     assert tallies["wrong"].accepted < tallies["wrong"].drafted // 10
@@ -45,8 +44,12 @@ def test_every_drafter_and_mode_emits_what_the_reference_emits(folder: Path, ans
 def test_neither_cache_nor_chunks_nor_preemption_change_a_token(
     folder: Path, answers: Answers, config: dict[str, object]
 ) -> None:
-    tallies = assert_exact(folder, answers, **config)
+    tallies = assert_exact(folder, answers, ("none", "random"), **config)
     assert tallies["random"].accepted > 0
+    if "kv_cache_memory_bytes" in config:
+        assert tallies["random"].preemptions > 0
+    if "max_num_batched_tokens" in config:
+        assert tallies["random"].prefill_chunks > 80
 
 
 PYTHON = "def fibonacci(n):\n    if n < 2:\n        return n\n    return "
