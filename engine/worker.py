@@ -55,6 +55,8 @@ class Worker:
                 else:
                     # The last request was aborted or refused: say that nothing runs any more.
                     self._send(Stepped(StepOutput([], engine.load())))
+                if not engine.has_work:
+                    engine.check()  # a block that is lost, or held twice, would cost exactness in the end
         except (_Hangup, BrokenPipeError):
             return 0
         except Exception as error:
