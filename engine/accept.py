@@ -20,8 +20,8 @@ def accept(draft: Sequence[int], chosen: Sequence[int], ends: Collection[int], r
     """Keep the verifier's choices as far as the draft foresaw them, and one more.
 
     `chosen[j]` is what the verifier chooses given the draft's first j tokens, so it is
-    valid while those were its own choices. What is emitted is always the verifier's
-    choice, which is why the output does not depend on the draft.
+    valid while those were its own choices. A draft only decides how many choices are
+    valid at once: it never contributes a token.
 
     Args:
         draft: j drafted tokens.

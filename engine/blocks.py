@@ -138,7 +138,7 @@ class BlockAllocator:
 
         Cached blocks are given up for it, oldest first, but not many more than are needed.
         """
-        for length in (count + room, count):
+        for length in (count + room, count):  # FREE is 0, so a run of free blocks is a run of zero bytes
             start = self._state.find(bytes(length))
             if start >= 0:
                 return start

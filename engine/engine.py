@@ -13,7 +13,7 @@ from torch import Tensor
 from skippy.engine.accept import accept
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
-from skippy.engine.build import Build, build
+from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
 from skippy.engine.drafters.base import Drafter
 from skippy.engine.drafters.ngram import NgramDrafter
@@ -58,7 +58,7 @@ class Engine:
                 f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {config.num_speculative_tokens}."
             )
         self._config = config
-        built: Build = build(config)
+        built = build(config)
         self.runner = built.runner
         self._checkpoint = built.checkpoint
         self._max_model_len = built.max_model_len
@@ -100,16 +100,19 @@ class Engine:
         seed = random.getrandbits(63) if request.params.seed is None else request.params.seed
         stops = frozenset(request.params.stop_token_ids)
         ends = stops if request.params.ignore_eos else stops | frozenset(self._checkpoint.eos_token_ids)
+        drafter = request.drafter or self._config.drafter
         wanted = request.num_speculative_tokens
+        if drafter == NoDrafter.name:
+            wanted = 0
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
                 request=request,
                 index=index,
                 seed=seed,
-                drafter=request.drafter or self._config.drafter,
+                drafter=drafter,
                 max_draft=self._config.num_speculative_tokens if wanted is None else wanted,
-                eos_ids=ends,
+                end_ids=ends,
                 tokens=list(request.prompt_token_ids),
                 leader=sequences[0] if sequences else None,
             )
@@ -145,8 +148,10 @@ class Engine:
         schedule = self._scheduler.schedule()
         if schedule.work:
             try:
+                stats.host_seconds = clock.lap()
                 drafts = self._propose(schedule)
-                stats.draft_seconds = clock.lap()
+                if any(work.lookahead for work in schedule.work):
+                    stats.draft_seconds = clock.lap()
                 logits = self.runner.run(_rows(schedule, drafts), self._verify_plan)
                 groups = self._groups(schedule, drafts)
                 chosen = choose(_decision_rows(logits, schedule, drafts), groups) if groups else []
@@ -158,7 +163,7 @@ class Engine:
         now = self.load()
         stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
         stats.preemptions = schedule.preempted
-        stats.host_seconds = clock.lap()
+        stats.host_seconds += clock.lap()
         return StepOutput(outputs, stats)
 
     def check(self) -> None:
@@ -220,13 +225,13 @@ class Engine:
         if not work.chooses or room == 0:
             self._scheduler.commit(sequence, work.start + work.num_known)
             return self._output(sequence, [], None, "length") if work.chooses else None
-        verdict = accept(draft, chosen, sequence.eos_ids, room)
+        verdict = accept(draft, chosen, sequence.end_ids, room)
         sequence.tokens += verdict.emitted
         self.states[sequence].extend(verdict.emitted)
         self._scheduler.commit(sequence, work.start + work.num_known + min(verdict.accepted, len(verdict.emitted) - 1))
         count_verdict(stats, sequence, draft, verdict)
         finish: FinishReason | None = None
-        if verdict.emitted[-1] in sequence.eos_ids:
+        if verdict.emitted[-1] in sequence.end_ids:
             finish = "stop"
         elif len(sequence.tokens) == sequence.max_len:
             finish = "length"
@@ -316,7 +321,7 @@ class Engine:
             prompt=sequence.request.prompt_token_ids,
             seed=sequence.seed,
             choice=sequence.index,
-            banned=tuple(sequence.eos_ids),
+            banned=tuple(sequence.end_ids),
             vocab_size=self._checkpoint.vocab_size,
             device=self.runner.pool.keys.device,
         )

@@ -9,13 +9,13 @@ from torch import Tensor
 class KVPool:
     """Keys and values of all layers, addressed by slot = block * block_size + offset.
 
-    Draft rows write scratch into the lookahead slots of the layers they run through, and
-    the verify pass overwrites the same slots at every layer, so drafting needs no memory
-    of its own. One block beyond the allocator's takes what padding rows write.
+    A draft pass leaves its keys and values behind a sequence's last verified token, where
+    the verify pass then puts its own; so there is no second cache for drafting. One block
+    beyond the allocator's takes what padding rows write.
 
     Attributes:
         cache: [layers, slots, 2 * kv_heads, head_dim], a token's keys before its values, zero
-            at first: a masked slot still takes part as 0 * value, and 0 * NaN is NaN.
+            at first: masking multiplies a value by zero, and that does not help against NaN.
         keys, values: the halves of it, [layers, slots, kv_heads, head_dim] each.
     """
 

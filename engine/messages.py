@@ -1,8 +1,8 @@
 """The wire between the server and the engine process: msgpack frames over two pipes.
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. Commands flow
-to the engine, events come back: first one `Ready` (or `Fatal`), then one `Stepped` per
-engine step. The engine exits when its command pipe closes.
+to the engine, events come back: first one `Ready` (or `Fatal`), then a `Stepped` per
+engine step, per refusal, and when the last request was aborted. The engine exits when its command pipe closes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def encode(message: Command | Event) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into messages. `feed` bytes as they come, then iterate `messages`."""
+    """Cuts a byte stream into messages: `feed` it bytes as they come."""
 
     def __init__(self, kind: UnionType) -> None:
         self._decoder = msgspec.msgpack.Decoder(kind)

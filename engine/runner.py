@@ -65,8 +65,8 @@ class Runner:
             positions += range(part.position, end)
             for start in (part.position, *range((part.position // size + 1) * size, end, size)):
                 stop = min(end, (start // size + 1) * size)
-                base = part.table[start // size] * size - start // size * size
-                slots += range(base + start, base + stop)
+                slot = self.pool.slot(part.table, start)
+                slots += range(slot, slot + stop - start)
                 table = part.table[: start // size + 1]
                 segments.append(Segment(first + start - part.position, stop - start, start, table))
             logit_rows += range(len(token_ids) - part.num_logits, len(token_ids))

@@ -1,10 +1,10 @@
 """From a row of logits to a token, the same token whoever asks.
 
-A token is a function of (logits, params, key), where the key is (seed, choice index,
-absolute index of the token). Greedy is argmax. Sampling is Gumbel-max: the token with the
-largest p / e, where e is exponential noise that depends on key and token id alone.
-So a row can be sampled in any batch, in any order, once or twice, and a drafter that knows
-the key can foresee the noise.
+A token is a function of its logits, the params and a key made of the seed, the number of
+the choice and the token's place in the sequence. Without temperature it is the largest
+logit; otherwise the largest p / e, where e is exponential noise that depends on key and
+token id alone (the Gumbel-max trick). So a row can be sampled in any batch, in any order,
+once or twice, and a drafter that knows the key can foresee the noise.
 
 Every step below works row by row, and takes the same path for a row whoever its
 neighbours are.

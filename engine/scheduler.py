@@ -1,10 +1,10 @@
 """Decides what one step computes. Pure Python, no torch: it is tested as arithmetic.
 
-There are no phases. Every sequence has `computed` cached tokens and `len(tokens)` known
-ones, and a step moves `computed` towards `len(tokens)`: a prompt by chunks, a decoding
-sequence by its newest token and the drafted ones behind it. Running sequences come first,
-each with its lookahead slots; then waiting ones, while rows, blocks and places last. A
-running sequence that finds no block preempts the newest one, which is recomputed later
+Prompts and outputs are not told apart. A sequence has `computed` cached tokens and
+`len(tokens)` known ones, and a step moves `computed` towards `len(tokens)`: a prompt by
+chunks, an output by its newest token and the drafted ones behind it. What runs already is
+served before what waits, which is let in while rows, blocks and places last. A running
+sequence that finds no block preempts the newest one, which is recomputed later
 and, because its noise depends on token indices alone, goes on with the same tokens.
 """
 

@@ -22,7 +22,7 @@ class Sequence:
     drafter: str
     max_draft: int
     """The most tokens to draft in one step."""
-    eos_ids: frozenset[int]
+    end_ids: frozenset[int]
     """Tokens that end the output: EOS ids (unless ignored) and stop ids."""
     tokens: list[int]
     computed: int = 0

@@ -157,7 +157,7 @@ class SequenceOutput:
     """Prompt tokens whose KV came from the prefix cache."""
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
-    """The EOS or stop id that ended the output."""
+    """The stop id that ended the output; None for an EOS id that was not named as one."""
     error: str | None = None
     """Why, when finish_reason is "error"."""
 

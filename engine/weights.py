@@ -70,17 +70,19 @@ def open_checkpoint(model: str) -> Checkpoint:
             f"{path} holds a {architecture}, which is not supported; supported: {', '.join(ARCHITECTURES)}."
         )
     generation = _read_json(path / "generation_config.json", required=False)
-    vocab_size = _tokenizer_size(path)
+    tokens = _tokenizer_size(path)
     try:
         config = parse_config(raw)
+        vocab_size = min(config.vocab_size, tokens or config.vocab_size)
+        eos = _ids(raw.get("eos_token_id"), generation.get("eos_token_id"))
         bos = _ids(raw.get("bos_token_id"))
         return Checkpoint(
             path=path,
             config=config,
             dtype=_dtype(raw),
             bos_token_id=bos[0] if bos else None,
-            eos_token_ids=_ids(raw.get("eos_token_id"), generation.get("eos_token_id")),
-            vocab_size=min(config.vocab_size, vocab_size or config.vocab_size),
+            eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),
+            vocab_size=vocab_size,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / 'config.json'} is not a usable configuration: {error!r}.") from error

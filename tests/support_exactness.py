@@ -99,7 +99,7 @@ def assert_exact(
     Raises:
         AssertionError: some token differs.
     """
-    engine = Engine(EngineConfig(model=str(folder), dtype="float32", block_size=16, **config))  # type: ignore[arg-type]
+    engine = Engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", block_size=16, **config))  # type: ignore[arg-type]
     tallies: dict[str, Tally] = {}
     for mode, params in MODES.items():
         expected = answers[mode]

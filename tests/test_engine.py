@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared_engine(folder: Path) -> Engine:
-    return Engine(EngineConfig(model=str(folder), dtype="float32", block_size=16))
+    return Engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", block_size=16))
 
 
 @pytest.fixture
@@ -79,11 +79,13 @@ def test_every_eos_id_of_the_generation_config_ends_the_output(folder: Path, tmp
     model = write_checkpoint(tmp_path / "m")
     free = [
         t
-        for o in run(Engine(EngineConfig(model=str(folder), dtype="float32")), max_tokens=12, temperature=0)
+        for o in run(
+            Engine(EngineConfig(model=str(folder), device="cpu", dtype="float32")), max_tokens=12, temperature=0
+        )
         for t in o.token_ids
     ]
     (model / "generation_config.json").write_text(f'{{"eos_token_id": [96, {free[4]}]}}')
-    engine = Engine(EngineConfig(model=str(model), dtype="float32"))
+    engine = Engine(EngineConfig(model=str(model), device="cpu", dtype="float32"))
     assert set(engine.info.eos_token_ids) == {2, 96, free[4]}
     outputs = run(engine, max_tokens=12, temperature=0)
     assert [t for o in outputs for t in o.token_ids] == free[: free.index(free[4]) + 1]
@@ -259,7 +261,9 @@ def test_a_running_id_cannot_be_used_again(engine: Engine) -> None:
 
 def test_a_request_larger_than_the_cache_is_refused_at_once(folder: Path) -> None:
     block = 16 * 3 * 2 * 2 * 16 * 4
-    engine = Engine(EngineConfig(model=str(folder), dtype="float32", block_size=16, kv_cache_memory_bytes=4 * block))
+    engine = Engine(
+        EngineConfig(model=str(folder), device="cpu", dtype="float32", block_size=16, kv_cache_memory_bytes=4 * block)
+    )
     assert engine.info.max_model_len == 48
     with pytest.raises(InvalidRequest):
         engine.add(Request("r", PROMPT, SamplingParams(max_tokens=60)))
@@ -268,7 +272,17 @@ def test_a_request_larger_than_the_cache_is_refused_at_once(folder: Path) -> Non
 
 def test_an_unknown_drafter_cannot_be_configured(folder: Path) -> None:
     with pytest.raises(ConfigError, match="psychic"):
-        Engine(EngineConfig(model=str(folder), drafter="psychic"))
+        Engine(EngineConfig(model=str(folder), device="cpu", drafter="psychic"))
+
+
+def test_without_a_draft_no_time_is_booked_as_drafting(engine: Engine) -> None:
+    steps: list[StepStats] = []
+    params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+    run_dry(engine, [Request("a", PROMPT, params, drafter="none")], on_step=steps.append)
+    assert [s.draft_seconds for s in steps] == [0.0] * 5
+    assert [s.prefill_seconds > 0 for s in steps] == [True] + [False] * 4
+    assert [s.verify_seconds > 0 for s in steps] == [False] + [True] * 4
+    assert all(s.host_seconds > 0 for s in steps)
 
 
 def test_stats_add_up(engine: Engine) -> None:

@@ -65,7 +65,7 @@ PYTHON = "def fibonacci(n):\n    if n < 2:\n        return n\n    return "
     ids=["greedy", "sampled"],
 )
 def test_the_builtin_model_in_every_dtype(dtype: str, params: SamplingParams) -> None:
-    engine = Engine(EngineConfig(dtype=dtype))  # type: ignore[arg-type]
+    engine = Engine(EngineConfig(device="cpu", dtype=dtype))  # type: ignore[arg-type]
     engine.add_drafter(IdentityDrafter(engine))
     text = PYTHON.encode()
     prompts = [tuple(4 + byte for byte in text[:size]) for size in (5, 17, 33, len(text))]

@@ -3,9 +3,10 @@
     python tests/benchmarks/soak.py [--seconds N] [--clients N] [--model MODEL]
 
 Starts `skippy serve`, times its first answer, lets the clients stream with random options
-and hang up at random, then checks that no KV block, task, thread or descriptor is left
-behind. At last it kills the engine in mid-stream: every client must hear of it, and /health
-must answer 503. JSON on the last line; exit code 1 if anything was found.
+and hang up at random, then checks that no KV block, thread, process or descriptor is
+left behind, and that start and memory keep their limits. At last it kills the engine in
+mid-stream: every client must hear of it, and /health must answer 503. JSON on the last
+line; exit code 1 if anything was found.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ import psutil
 
 PROMPTS = ("def fibonacci(n):\n", "import os\n\n", "class Stack:\n    def __init__(self):\n", "x = [1, 2, 3]\n" * 20)
 READY_SECONDS = 60.0
+FIRST_ANSWER_SECONDS = 10.0
+SERVER_MB = 150.0
+ALL_MB = 1000.0
 
 
 class Soak:
@@ -165,6 +169,10 @@ class Soak:
         await asyncio.gather(*(self.one_client(until) for _ in range(self.options.clients)))
         await self.settle()
         after, memory_after = self.footprint(), self.memory_mb()
+        if first_answer > FIRST_ANSWER_SECONDS:
+            self.findings.append(f"the first answer took {first_answer:.1f} s")
+        if memory_after["server"] > SERVER_MB or memory_after["all"] > ALL_MB:
+            self.findings.append(f"too much memory: {memory_after}")
         if after != before:
             self.findings.append(f"left behind: {before} before, {after} after")
         await self.kill_engine()
