@@ -10,12 +10,6 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
 
 FROM ${PYTHON_IMAGE}
 
-# Triton, which PyTorch's CUDA build uses, compiles its launchers with the system's C compiler at run time.
-# hadolint ignore=DL3008  # the base image's release decides their version
-RUN apt-get update \
-    && apt-get install --yes --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*
-
 # The dependencies are a layer of their own: gigabytes that a change of the source does not touch.
 ARG TORCH_INDEX=
 WORKDIR /opt/skippy
@@ -28,8 +22,9 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip install --no-cache-dir --no-deps /dist/*.whl
 
 # A named volume takes over the owner of the folder it is mounted on, so the folder must exist and be the user's.
+# `install` gives only the folders that it names to the owner, not those that it makes on the way.
 RUN useradd --create-home --uid 1000 skippy \
-    && install --directory --owner=skippy --group=skippy /home/skippy/.cache/huggingface
+    && install --directory --owner=skippy --group=skippy /home/skippy/.cache /home/skippy/.cache/huggingface
 USER 1000:1000
 WORKDIR /home/skippy
 ENV HF_HOME=/home/skippy/.cache/huggingface \

@@ -116,7 +116,10 @@ class TestImage:
         [make_user] = [i.rest for i in FINAL if i.keyword == "RUN" and "useradd" in i.rest]
         home = image_environment()["HF_HOME"]
         assert f"--uid {user.partition(':')[0]} " in make_user
-        assert re.search(rf"install --directory --owner=skippy --group=skippy {home}$", make_user)
+        # `install` leaves folders that it makes without being told to root, so each must be named.
+        named = make_user.partition("install --directory --owner=skippy --group=skippy ")[2].split()
+        assert named == ["/home/skippy/.cache", home]
+        assert str(Path(home).parent) == named[0]
         assert only("VOLUME") == home
 
     def test_it_starts_a_server_that_can_be_reached(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +193,9 @@ class TestCompose:
         assert settings.host == "0.0.0.0"
         assert service["ports"] == [f"127.0.0.1:8000:{settings.port}"]
         assert str(settings.port) == only("EXPOSE")
+
+    def test_a_mistake_does_not_restart_it_for_ever(self) -> None:
+        assert {service["restart"] for service in compose()["services"].values()} == {"on-failure:3"}
 
     def test_the_volume_is_where_the_image_keeps_its_cache(self) -> None:
         document = compose()
