@@ -97,7 +97,7 @@ class Settings(BaseModel):
     )
     num_threads: int | None = Field(
         default=_ENGINE_DEFAULTS.num_threads,
-        description="CPU threads of the engine; unset: one less than there are cores",
+        description="CPU threads of the engine; unset: all cores, one less when serving",
     )
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
