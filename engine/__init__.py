@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 if __name__ != "skippy.engine":
     raise ImportError(f"import this package as 'skippy.engine', not as {__name__!r}")
 
+from skippy.engine.admission import check_request
 from skippy.engine.config import BUILTIN_MODEL, EngineConfig
 from skippy.engine.errors import CheckpointError, ConfigError, EngineDead, InvalidRequest, SkippyError
+from skippy.engine.prompts import read_prompts
 from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.types import (
     DraftCounts,
@@ -49,6 +51,8 @@ __all__ = [
     "StepStats",
     "TokenLogprobs",
     "Tokenizer",
+    "check_request",
+    "read_prompts",
     "run_bench",
 ]
 

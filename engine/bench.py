@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from skippy.engine.config import EngineConfig
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError
+from skippy.engine.prompts import read_prompts
 from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.types import Request, SamplingParams, StepStats
 
@@ -202,18 +202,13 @@ def is_looping(tokens: list[int]) -> bool:
 
 
 def _read_prompts(engine: Engine, options: BenchOptions) -> list[tuple[int, ...]]:
-    path = Path(options.prompts)
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = [line["prompt"] if "prompt" in line else line["turns"][0] for line in lines[: options.limit]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise ConfigError(f"{path} is not a readable JSONL file of prompts: {error!r}.") from error
+    texts = read_prompts(options.prompts, options.limit)
     tokenizer = Tokenizer.load(engine.info.model_path)
     room = engine.info.max_model_len - options.max_tokens
     prompts = [tuple(tokenizer.encode(text)) for text in texts]
     fitting = [prompt for prompt in prompts if 0 < len(prompt) <= room]
     if not fitting:
-        raise ConfigError(f"{path} holds no prompt that fits {room} tokens.")
+        raise ConfigError(f"{options.prompts} holds no prompt that fits {room} tokens.")
     if len(fitting) < len(prompts):
         _print(f"{len(prompts) - len(fitting)} prompts are longer than {room} tokens and left out")
     return fitting

@@ -12,12 +12,11 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-from skippy.engine import SkippyError
+from skippy.engine import SkippyError, read_prompts
 
 _OFF: dict[str, Any] = {"drafter": "none"}
 
@@ -138,29 +137,6 @@ def difference(reference: Answer, answer: Answer) -> str | None:
     return None
 
 
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a JSONL file: each line has a "prompt", or "turns" whose first is taken."""
-    prompts = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise VerifyError(f"cannot read {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            prompt = entry["prompt"] if "prompt" in entry else entry["turns"][0]
-        except (ValueError, LookupError, TypeError) as error:
-            raise VerifyError(f'{path}, line {number}: expected an object with "prompt" or "turns"') from error
-        if not isinstance(prompt, str) or not prompt:
-            raise VerifyError(f"{path}, line {number}: the prompt must be a string that is not empty")
-        prompts.append(prompt)
-    if not prompts:
-        raise VerifyError(f"{path} holds no prompts")
-    return prompts
-
-
 def make_cases(model: str, options: VerifyOptions, prompts: Sequence[str]) -> list[Case]:
     """Enough cases for `options.count` comparisons; prompts meet the sampling recipes in turn."""
     cases = []
@@ -237,6 +213,7 @@ async def compare(client: httpx.AsyncClient, options: VerifyOptions) -> int:
 
     Raises:
         VerifyError: nothing can be concluded.
+        ConfigError: the prompts cannot be read.
     """
     model = await _served_model(client)
     prompts = read_prompts(options.prompts) if options.prompts else _PROMPTS

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from skippy.engine import ConfigError, read_prompts
 from skippy.server.verify import (
     VARIANTS,
     Answer,
@@ -20,7 +21,6 @@ from skippy.server.verify import (
     compare,
     difference,
     make_cases,
-    read_prompts,
     run_verify,
 )
 
@@ -193,8 +193,12 @@ def test_cases_meet_every_prompt_with_every_recipe() -> None:
 
 def test_prompt_files(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
-    assert read_prompts(str(path)) == ["a", "b"]
+    path.write_text('{"prompt": "a\u2028"}\r\n\n{"turns": ["b", "c"], "id": 3}\n[]\n')
+    assert read_prompts(str(path), 2) == ["a\u2028", "b"]
+    with pytest.raises(ConfigError, match="line 4"):
+        read_prompts(str(path), 3)
+    with pytest.raises(ConfigError, match=r"cannot read .*: No such file"):
+        read_prompts(str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +206,12 @@ def test_prompt_files(tmp_path: Path) -> None:
     [
         ('{"prompt": "a"}\n{', "line 2"),
         ('{"question": "a"}', "line 1"),
-        ('{"prompt": 3}', "line 1"),
+        ('{"prompt": 3}', r"prompts\.jsonl, line 1: Expected .*prompt"),
+        ('{"prompt": ""}', "line 1"),
+        ('{"prompt": "\\ud800"}', "line 1"),
         ('{"turns": []}', "line 1"),
+        ('{"turns": "a"}', "line 1"),
+        ('{"turns": [{"role": "user"}]}', "line 1"),
         ("[]", "line 1"),
         ("\n", "no prompts"),
     ],
@@ -211,5 +219,6 @@ def test_prompt_files(tmp_path: Path) -> None:
 def test_bad_prompt_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
-    with pytest.raises(VerifyError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         read_prompts(str(path))
+    assert "\n" not in str(caught.value)
