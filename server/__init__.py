@@ -2,3 +2,6 @@
 
 if __name__ != "skippy.server":
     raise ImportError(f"import this package as 'skippy.server', not as {__name__!r}")
+
+DISTRIBUTION = "skippy-serve"
+"""The name that Skippy is installed under."""

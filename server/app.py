@@ -10,18 +10,18 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
-from typing import Protocol
 
 import uvicorn
 import uvloop
 from fastapi import FastAPI
 
-from skippy.engine import EngineConfig, EngineDead
-from skippy.server import completions, errors, models, ops
+from skippy.engine import EngineDead
+from skippy.server import DISTRIBUTION, completions, errors, models, ops
 from skippy.server.client import WORKER_COMMAND, AsyncEngineClient
 from skippy.server.limits import Admission
 from skippy.server.metrics import Metrics
 from skippy.server.models import Serving
+from skippy.server.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -30,25 +30,7 @@ DRAIN_SECONDS = 8
 EXIT_CANNOT_START = 2
 
 
-class ServerSettings(Protocol):
-    """The settings that the server reads."""
-
-    @property
-    def host(self) -> str: ...
-    @property
-    def port(self) -> int: ...
-    @property
-    def served_model_name(self) -> str | None: ...
-    @property
-    def max_waiting(self) -> int: ...
-    @property
-    def log_interval(self) -> float: ...
-    @property
-    def log_level(self) -> str: ...
-    def engine_config(self) -> EngineConfig: ...
-
-
-def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
+def create_app(client: AsyncEngineClient, settings: Settings) -> FastAPI:
     """The application in front of an engine. Its lifespan loads the tokenizer and logs the load.
 
     The client stays the caller's to close. `app.state.serving` tells when the model is loaded.
@@ -71,7 +53,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     # The interactive pages would load scripts from elsewhere; the schema is at /openapi.json.
-    app = FastAPI(title="Skippy", version=version(ops.DISTRIBUTION), lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Skippy", version=version(DISTRIBUTION), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.serving = serving
     errors.install(app)
     app.include_router(completions.router(serving, metrics, Admission(settings.max_waiting)))
@@ -80,7 +62,7 @@ def create_app(client: AsyncEngineClient, settings: ServerSettings) -> FastAPI:
     return app
 
 
-def run_server(settings: ServerSettings, worker_command: Sequence[str] = WORKER_COMMAND) -> int:
+def run_server(settings: Settings, worker_command: Sequence[str] = WORKER_COMMAND) -> int:
     """Serve until SIGTERM or SIGINT, finishing what is in flight. Returns the exit code.
 
     An engine that dies later leaves the server up, to say so; one that cannot load ends it
@@ -106,7 +88,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(settings: ServerSettings, listener: socket.socket, worker_command: Sequence[str]) -> int:
+async def _serve(settings: Settings, listener: socket.socket, worker_command: Sequence[str]) -> int:
     client = await AsyncEngineClient.start(settings.engine_config(), worker_command)
     try:
         app = create_app(client, settings)

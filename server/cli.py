@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from skippy.engine import ConfigError, EngineConfig, SamplingParams, SkippyError
+from skippy.server import DISTRIBUTION
 from skippy.server.settings import (
     CONFIG_VARIABLE,
     Resolved,
@@ -27,7 +28,6 @@ from skippy.server.settings import (
 )
 from skippy.server.settings_docs import description_of
 
-DISTRIBUTION = "skippy-serve"
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 
@@ -110,8 +110,11 @@ def positive(text: str) -> int:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """What stands between the commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """What stands between the commas, at least one."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected at least one value, got {text!r}")
+    return found
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

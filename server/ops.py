@@ -7,11 +7,10 @@ from importlib.metadata import version
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
+from skippy.server import DISTRIBUTION
 from skippy.server.metrics import Metrics
 from skippy.server.models import Serving
 from skippy.server.sse import json_response
-
-DISTRIBUTION = "skippy-serve"
 
 
 def router(serving: Serving, metrics: Metrics) -> APIRouter:

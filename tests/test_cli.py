@@ -57,6 +57,8 @@ def capture(monkeypatch: pytest.MonkeyPatch, command: str) -> list[cli.Invocatio
         ("bench", "bench needs --prompts FILE"),
         ("bench --prompts f --no-enable-prefix-caching", "unknown flag --no-enable-prefix-caching"),
         ("bench --prompts f --batch-sizes 1,0", "--batch-sizes: must be at least 1"),
+        ("bench --prompts f --batch-sizes ,", "--batch-sizes: expected at least one value, got ','"),
+        ("bench --prompts f --drafters ,", "--drafters: expected at least one value, got ','"),
         ("bench --prompts f --batch-sizes 1,x", "--batch-sizes: invalid batch_sizes value"),
         ("verify", "required: URL"),
         ("verify localhost:8000 --count 0", "--count: must be at least 1"),
@@ -218,4 +220,21 @@ def test_generate_without_a_model_or_drafter_says_so_in_one_line(flags: list[str
     done = skippy("generate", *flags, "-p", "x")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("skippy: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": 3}\n', [], "line 2: Expected"),
+        ('{"prompt": "a"}\n', ["--drafters", "crystal-ball"], "no drafter 'crystal-ball'"),
+    ],
+)
+def test_bench_tells_mistakes_in_one_line(tmp_path: Path, content: str, flags: list[str], message: str) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(content)
+    done = skippy("bench", "--prompts", str(prompts), *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("skippy: error: ")
+    assert message in done.stderr
     assert done.stderr.count("\n") == 1
