@@ -16,7 +16,6 @@ class TextOptions:
 
     Attributes:
         min_tokens: the text of this many first tokens is not searched for stop strings.
-        hidden_stop_ids: ids that end a choice without being named as the reason: EOS.
     """
 
     stop: Sequence[str] = ()
@@ -24,7 +23,6 @@ class TextOptions:
     min_tokens: int = 0
     skip_special_tokens: bool = True
     echo: bool = False
-    hidden_stop_ids: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -93,8 +91,7 @@ class Choice:
         if self._stops.matched is not None:
             return self._delta(shown, "stop", self._stops.matched)
         shown.append(self._stops.flush())
-        hidden = output.stop_reason in self._options.hidden_stop_ids
-        return self._delta(shown, output.finish_reason, None if hidden else output.stop_reason)
+        return self._delta(shown, output.finish_reason, output.stop_reason)
 
     def _begin(self, output: SequenceOutput) -> str:
         """The echoed prompt."""

@@ -39,6 +39,7 @@ def router(serving: Serving, metrics: Metrics, admission: Admission) -> APIRoute
         arrival = time.monotonic()
         body = CompletionRequest.model_validate_json(await read_body(request))
         model = serving.model(body.model)
+        admission.check_size(len(body.prompt), body.n, model.info.max_num_seqs)
         completion_id = f"cmpl-{uuid.uuid4().hex}"
         prompts = await prepare(body, model, completion_id)
         run = CompletionRun(completion_id, body, model, prompts, Measured(metrics, arrival))
@@ -102,7 +103,7 @@ class CompletionRun:
         self._model = model
         self._requests = [prompt.request for prompt in prompts]
         self._measured = measured
-        options = _text_options(body, model)
+        options = _text_options(body)
         self._choices: list[Choice] = []
         self._position: dict[tuple[str, int], int] = {}
         """Where in the answer a choice of an engine request stands."""
@@ -203,12 +204,11 @@ class CompletionRun:
         return Completion(self._id, self._created, self._model.id, choices, usage)
 
 
-def _text_options(body: CompletionRequest, model: ServedModel) -> TextOptions:
+def _text_options(body: CompletionRequest) -> TextOptions:
     return TextOptions(
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
         min_tokens=body.min_tokens,
         skip_special_tokens=body.skip_special_tokens,
         echo=body.echo,
-        hidden_stop_ids=frozenset(model.info.eos_token_ids).difference(body.stop_token_ids),
     )

@@ -78,20 +78,28 @@ class Admission:
         self._max_waiting = max_waiting
         self._inside = 0
 
+    def check_size(self, prompts: int, n: int, max_running: int) -> None:
+        """Refuse at once what no wait helps: `n` sequences for each prompt must fit into an idle server.
+
+        Raises:
+            InvalidRequest: they do not.
+        """
+        capacity = max_running + self._max_waiting
+        if prompts * n > capacity:
+            raise InvalidRequest(
+                f"The request asks for {prompts * n} sequences, {n} for each prompt; this server takes {capacity}"
+                " at a time.",
+                "prompt" if prompts > capacity else "n",
+            )
+
     @contextmanager
     def admit(self, sequences: int, max_running: int) -> Iterator[None]:
         """Hold places for the sequences of one request; the engine runs `max_running` at a time.
 
         Raises:
-            InvalidRequest: they would not even fit into an idle server.
             ApiError: 429, they do not fit now.
         """
-        capacity = max_running + self._max_waiting
-        if sequences > capacity:
-            raise InvalidRequest(
-                f"The request asks for {sequences} sequences; this server takes {capacity} at a time.", "n"
-            )
-        if self._inside + sequences > capacity:
+        if self._inside + sequences > max_running + self._max_waiting:
             raise ApiError(
                 429,
                 "Too many requests are waiting; try again later.",

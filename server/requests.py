@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from skippy.engine import EngineInfo, InvalidRequest, Request, SamplingParams
+from skippy.engine import EngineInfo, InvalidRequest, Request, SamplingParams, check_request
 from skippy.server.errors import ApiError
 from skippy.server.models import ServedModel
-from skippy.server.schemas import CompletionRequest, Prompt, SkippyOptions
+from skippy.server.schemas import CompletionRequest, Prompt
 
 DEFAULT_MAX_TOKENS = 16
 LONG_TEXT = 16_384
@@ -24,17 +24,17 @@ class PreparedPrompt:
 
 
 async def prepare(body: CompletionRequest, model: ServedModel, completion_id: str) -> list[PreparedPrompt]:
-    """The engine's request for each prompt of the body.
+    """The engine's request for each prompt of the body. Between two prompts others get their turn.
 
     Raises:
         InvalidRequest, ApiError: the body asks for what this model cannot do.
     """
     check_options(body)
-    _check_drafting(body.skippy, model.info)
-    return [
-        await _prepare_one(body, prompt, model, f"{completion_id}-{position}")
-        for position, prompt in enumerate(body.prompt)
-    ]
+    prepared = []
+    for position, prompt in enumerate(body.prompt):
+        prepared.append(await _prepare_one(body, prompt, model, f"{completion_id}-{position}"))
+        await asyncio.sleep(0)
+    return prepared
 
 
 def check_options(body: CompletionRequest) -> None:
@@ -47,30 +47,18 @@ def check_options(body: CompletionRequest) -> None:
         raise InvalidRequest("max_tokens must be at least 1 unless echo is true.", "max_tokens")
 
 
-def _check_drafting(options: SkippyOptions, info: EngineInfo) -> None:
-    if options.drafter is not None and options.drafter not in info.drafters:
-        known = ", ".join(info.drafters)
-        raise InvalidRequest(f"There is no drafter {options.drafter!r}; known are: {known}.", "skippy.drafter")
-    count = options.num_speculative_tokens
-    if count is not None and count > info.max_speculative_tokens:
-        raise InvalidRequest(
-            f"skippy.num_speculative_tokens must be at most {info.max_speculative_tokens}, got {count}.",
-            "skippy.num_speculative_tokens",
-        )
-
-
 async def _prepare_one(body: CompletionRequest, prompt: Prompt, model: ServedModel, request_id: str) -> PreparedPrompt:
     text = prompt if isinstance(prompt, str) else None
     token_ids = prompt if isinstance(prompt, tuple) else await _encode(prompt, model)
-    _check_vocabulary("prompt", token_ids, model.info)
     request = Request(
         request_id=request_id,
         prompt_token_ids=token_ids,
-        params=_params(body, _room(body, len(token_ids), model.info), model.info),
+        params=_params(body, _room(body, len(token_ids), model.info)),
         n=body.n,
         drafter=body.skippy.drafter,
         num_speculative_tokens=body.skippy.num_speculative_tokens,
     )
+    check_request(request, model.info)
     return PreparedPrompt(text, request)
 
 
@@ -78,14 +66,6 @@ async def _encode(text: str, model: ServedModel) -> tuple[int, ...]:
     if len(text) < LONG_TEXT:
         return tuple(model.tokenizer.encode(text))
     return tuple(await asyncio.to_thread(model.tokenizer.encode, text))
-
-
-def _check_vocabulary(param: str, token_ids: tuple[int, ...] | list[int], info: EngineInfo) -> None:
-    for token_id in token_ids:
-        if not 0 <= token_id < info.vocab_size:
-            raise InvalidRequest(
-                f"{param} holds the token id {token_id}; this model's are below {info.vocab_size}.", param
-            )
 
 
 def _room(body: CompletionRequest, prompt_tokens: int, info: EngineInfo) -> int:
@@ -105,9 +85,7 @@ def _room(body: CompletionRequest, prompt_tokens: int, info: EngineInfo) -> int:
     )
 
 
-def _params(body: CompletionRequest, max_tokens: int, info: EngineInfo) -> SamplingParams:
-    _check_vocabulary("logit_bias", list(body.logit_bias), info)
-    _check_vocabulary("stop_token_ids", body.stop_token_ids, info)
+def _params(body: CompletionRequest, max_tokens: int) -> SamplingParams:
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,

@@ -71,7 +71,7 @@ def advance(choice: Choice) -> SequenceOutput:
         prompt_logprobs=prompt_logprobs,
         cached_tokens=len(prompt) // 16 * 16,
         finish_reason=finish,
-        stop_reason=tokens[-1] if finish == "stop" else None,
+        stop_reason=tokens[-1] if finish == "stop" and tokens[-1] in params.stop_token_ids else None,
     )
 
 
@@ -127,14 +127,14 @@ class Stub:
         return StepOutput(outputs, stats)
 
 
-def info(options: argparse.Namespace) -> EngineInfo:
+def info(max_model_len: int = 256, model_path: Path = BUILTIN) -> EngineInfo:
     return EngineInfo(
         model="builtin",
-        model_path=str(options.model_path),
+        model_path=str(model_path),
         device="cpu",
         dtype="float32",
         vocab_size=8192,
-        max_model_len=options.max_model_len,
+        max_model_len=max_model_len,
         bos_token_id=EOS,
         eos_token_ids=[EOS],
         drafter="ngram",
@@ -189,7 +189,7 @@ def main() -> int:
                             return 2
                         if options.garbage:
                             os.write(options.write_fd, b"\x01\x00\x00\x00\xff")
-                        send(Ready(info(options)))
+                        send(Ready(info(options.max_model_len, options.model_path)))
                     case Add(request):
                         send(Stepped(stub.add(request)))
                     case Abort(request_id, index):

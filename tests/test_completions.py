@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -313,19 +314,25 @@ def test_a_full_queue(server_with: ServerFactory) -> None:
 
 
 def wait_for_metric(http: httpx.Client, line: str) -> None:
-    for _ in range(500):
-        if line in http.get("/metrics").text.splitlines():
-            return
-    raise AssertionError(f"never saw {line}")
+    deadline = time.monotonic() + 10
+    while line not in http.get("/metrics").text.splitlines():
+        assert time.monotonic() < deadline, f"never saw {line}"
+        time.sleep(0.01)
+
+
+def tokens_generated(http: httpx.Client) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("skippy_generation_tokens_total "))
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_leaves_frees_its_slot(server_with: ServerFactory, streamed: bool) -> None:
-    with server_with("--step-seconds", "0.01") as server:
+def test_a_client_that_leaves_frees_its_slots_within_a_step(server_with: ServerFactory, streamed: bool) -> None:
+    # Steps that last long beside everything else: what is told late costs many of them.
+    with server_with("--step-seconds", "0.5") as server:
         server.wait_until_loaded()
         with httpx.Client(base_url=server.url, timeout=30) as http:
             body = {"prompt": [5], "n": 2, "max_tokens": 250, "stream": streamed}
-            with httpx.Client(base_url=server.url, timeout=httpx.Timeout(30, read=0.2)) as leaver:
+            with httpx.Client(base_url=server.url, timeout=httpx.Timeout(30, read=0.9)) as leaver:
                 if streamed:
                     with leaver.stream("POST", "/v1/completions", json=body) as answer:
                         lines = answer.iter_lines()  # kept: without it httpx would close the connection
@@ -334,7 +341,10 @@ def test_a_client_that_leaves_frees_its_slot(server_with: ServerFactory, streame
                 else:
                     with pytest.raises(httpx.ReadTimeout):
                         leaver.post("/v1/completions", json=body)
+            when_left = tokens_generated(http)
             wait_for_metric(http, "skippy_requests_running 0.0")
+            assert when_left >= 2, "it left before the first step"
+            assert tokens_generated(http) - when_left <= 2, "one token for each of its two choices"
             wait_for_metric(http, 'skippy_requests_total{finish_reason="abort"} 2.0')
             wait_for_metric(http, "skippy_kv_cache_usage_ratio 0.0")
 

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import stub_worker
 
-from skippy.engine import InvalidRequest
+from skippy.engine import InvalidRequest, Tokenizer
 from skippy.server.errors import ApiError, ClientGone
 from skippy.server.limits import MAX_BODY_BYTES, Admission, until_disconnect
+from skippy.server.models import ServedModel
+from skippy.server.requests import prepare
+from skippy.server.schemas import CompletionRequest
 
 if TYPE_CHECKING:
     from conftest import LiveServer, ServerFactory
@@ -56,12 +60,56 @@ def test_admission_has_room_for_the_running_and_the_waiting() -> None:
         assert caught.value.status == 429
         with admission.admit(2, max_running=4):
             pass
-    with pytest.raises(InvalidRequest), admission.admit(7, max_running=4):
-        pass
     with contextlib.suppress(ZeroDivisionError), admission.admit(6, max_running=4):
         raise ZeroDivisionError
     with admission.admit(6, max_running=4):
         pass
+
+
+@pytest.mark.parametrize(("prompts", "n", "param"), [(7, 1, "prompt"), (7, 7, "prompt"), (2, 4, "n"), (1, 7, "n")])
+def test_what_never_fits_is_refused_for_what_is_too_many(prompts: int, n: int, param: str) -> None:
+    admission = Admission(max_waiting=2)
+    admission.check_size(3, 2, max_running=4)
+    with pytest.raises(InvalidRequest) as caught:
+        admission.check_size(prompts, n, max_running=4)
+    assert caught.value.param == param
+
+
+def test_a_crowd_of_prompts_is_refused_before_any_is_read(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(_: Tokenizer, text: str) -> list[int]:
+        read.append(text)
+        return [5]
+
+    read: list[str] = []
+    monkeypatch.setattr(Tokenizer, "encode", encode)  # the server is a thread of this process
+    url = f"{server.url}/v1/completions"
+    for prompt, n, param in ((["a"] * 10**5, 1, "prompt"), (["a"] * 1000, 128, "n")):
+        answer = httpx.post(url, json={"prompt": prompt, "n": n}, timeout=30)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+    assert read == []
+    assert httpx.post(url, json={"prompt": ["a", "b"]}).status_code == 200
+    assert read == ["a", "b"]
+
+
+def test_others_get_their_turn_between_two_prompts() -> None:
+    async def test() -> None:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        model = ServedModel("m", 0, stub_worker.info(), Tokenizer.load(stub_worker.BUILTIN))
+        prepared = await prepare(CompletionRequest(prompt=["a"] * 100), model, "c")
+        task.cancel()
+        assert [prompt.request.request_id for prompt in prepared] == [f"c-{i}" for i in range(100)]
+        assert turns >= 100
+
+    asyncio.run(test())
 
 
 class Receive:
@@ -110,17 +158,17 @@ def test_work_ends_with_its_result_its_error_or_its_client() -> None:
 
 def test_a_cancelled_wait_cancels_the_work() -> None:
     async def test() -> None:
-        ended = asyncio.Event()
+        started, ended = asyncio.Event(), asyncio.Event()
 
         async def work() -> None:
+            started.set()
             try:
                 await asyncio.Event().wait()
             finally:
                 ended.set()
 
         waiting = asyncio.create_task(until_disconnect(Receive(), work()))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        await started.wait()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
