@@ -14,7 +14,7 @@ from skippy.engine import StepStats
 logger = logging.getLogger(__name__)
 
 PHASES = ("draft", "verify", "prefill", "host")
-_TOKENS = tuple(float(count) for count in range(17))
+_TOKENS = tuple(float(count) for count in range(33))  # as many as one step may draft
 _STEP_SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0)
 _TOKEN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.0, 5.0)
 _WAIT_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -92,11 +92,10 @@ class Metrics:
             self._accepted_at.labels(position).inc(count)
         for count in stats.accepted_per_step:
             self._per_step.observe(count)
-        if stats.kv_blocks_total:  # a refused request comes with empty stats, which describe no step
-            self._running.set(stats.running)
-            self._waiting.set(stats.waiting)
-            self._kv_usage.set(stats.kv_blocks_used / stats.kv_blocks_total)
-            self._last = stats
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._kv_usage.set(_ratio(stats.kv_blocks_used, stats.kv_blocks_total))
+        self._last = stats
         self._prompt_tokens.inc(stats.prompt_tokens)
         self._generation_tokens.inc(stats.generation_tokens)
         self._preemptions.inc(stats.preemptions)

@@ -79,12 +79,12 @@ def test_every_metric_has_its_name_and_value() -> None:
     assert not any("total_total" in name or "skippy_skippy" in name for name in found)
 
 
-def test_the_empty_stats_of_a_refusal_change_no_gauge() -> None:
+def test_the_longest_draft_has_a_bucket() -> None:
     metrics = Metrics()
-    metrics.observe_step(STATS)
-    metrics.observe_step(StepStats())
-    assert samples(metrics)["skippy_requests_running"] == 3
-    assert "3 running" in (metrics.take_load_line(1) or "")
+    metrics.observe_step(StepStats(accepted_per_step=[31, 32]))
+    found = samples(metrics)
+    assert found["skippy_accepted_tokens_per_step_bucket{le=31.0}"] == 1
+    assert found["skippy_accepted_tokens_per_step_bucket{le=32.0}"] == 2
 
 
 def test_two_servers_count_apart() -> None:
@@ -105,30 +105,35 @@ def test_the_load_line_covers_the_steps_since_the_last_one() -> None:
     assert metrics.take_load_line(10) is None, "idle again"
 
 
+class Watched(Metrics):
+    """Tells what each look at the load found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def take_load_line(self, seconds: float) -> str | None:
+        line = super().take_load_line(seconds)
+        self.looks.put_nowait(line)
+        return line
+
+
 def test_only_load_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
-        metrics = Metrics()
-        logged = asyncio.Event()
-
-        class Handler(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                lines.append(record.getMessage())
-                logged.set()
-
-        lines: list[str] = []
-        handler = Handler()
-        logging.getLogger("skippy").addHandler(handler)
-        task = asyncio.create_task(metrics.log_load(0.01))
+        metrics = Watched()
+        task = asyncio.create_task(metrics.log_load(0.001))
         try:
-            await asyncio.sleep(0.05)
-            assert lines == []
-            metrics.observe_step(STATS)
-            await asyncio.wait_for(logged.wait(), 5)
+            async with asyncio.timeout(10):
+                assert [await metrics.looks.get() for _ in range(3)] == [None] * 3
+                assert caplog.messages == []
+                metrics.observe_step(STATS)
+                while (line := await metrics.looks.get()) is None:
+                    pass
+                assert await metrics.looks.get() is None
         finally:
             task.cancel()
-            logging.getLogger("skippy").removeHandler(handler)
-        assert len(lines) == 1
-        assert "tokens/s" in lines[0]
+        assert "tokens/s" in line
+        assert caplog.messages == [line]
 
     with caplog.at_level(logging.INFO, "skippy"):
         asyncio.run(test())
