@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,17 @@ def serving(*worker: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     finally:
         process.kill()
         process.communicate()
+
+
+def wait_until_serving(process: subprocess.Popen[str]) -> None:
+    """Returns once its log says that the model is loaded."""
+    assert process.stderr is not None
+    log: list[str] = []
+    for line in process.stderr:
+        log.append(line)
+        if "Serving on" in line:
+            return
+    raise AssertionError("".join(log))
 
 
 def health(url: str) -> httpx.Response:
@@ -148,8 +160,7 @@ def test_an_address_in_use_ends_the_server_with_one_line(capfd: pytest.CaptureFi
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_finish_and_leaves_no_process(number: signal.Signals) -> None:
     with serving(STUB, "--step-seconds", "0.02") as (process, url):
-        while health(url).status_code != 200:
-            pass
+        wait_until_serving(process)
         engine = psutil.Process(process.pid).children()[0]
         body = {"prompt": [5], "max_tokens": 20, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as answer:
@@ -175,8 +186,7 @@ def test_a_signal_while_loading_stops_at_once() -> None:
 def real() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The built-in model, served as `skippy serve` does."""
     with serving("-m", "skippy.engine.worker") as (process, url):
-        while health(url).json()["status"] == "loading":
-            threading.Event().wait(0.05)
+        wait_until_serving(process)
         assert health(url).status_code == 200
         yield process, url
 
@@ -215,9 +225,10 @@ def test_clients_that_leave_free_the_real_engine(real: tuple[subprocess.Popen[st
     with httpx.Client(base_url=real[1], timeout=30) as http:
         with http.stream("POST", "/v1/completions", json=body) as answer:
             assert next(answer.iter_lines())
-        metrics: list[str] = []
-        while "skippy_requests_running 0.0" not in metrics:  # the test's time limit ends it
-            metrics = http.get("/metrics").text.splitlines()
+        deadline = time.monotonic() + 30
+        while "skippy_requests_running 0.0" not in (metrics := http.get("/metrics").text.splitlines()):
+            assert time.monotonic() < deadline, "the sequences still run"
+            time.sleep(0.01)
         assert "skippy_kv_cache_usage_ratio 0.0" in metrics
         assert 'skippy_requests_total{finish_reason="abort"} 3.0' in metrics
 
