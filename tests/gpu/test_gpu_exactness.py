@@ -39,7 +39,7 @@ def test_the_gpu_agrees_with_the_cpu() -> None:
     outputs = [
         tokens_of(
             run_dry(
-                Engine(EngineConfig(device=device, dtype="float32")),  # type: ignore[arg-type]
+                Engine(EngineConfig(device=device, dtype="float32")),
                 [Request(str(i), prompt, params) for i, prompt in enumerate(PROMPTS)],
             )
         )
