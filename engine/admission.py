@@ -31,6 +31,11 @@ def check_request(request: Request, info: EngineInfo) -> None:
             raise InvalidRequest(
                 f"{name} holds token id {foreign[0]}; this model's ids end at {info.vocab_size - 1}.", name
             )
+    ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(info.eos_token_ids))
+    if params.min_tokens and len(ends) >= info.vocab_size:
+        raise InvalidRequest(
+            "min_tokens bans every token there is: all of them would end the output.", "stop_token_ids"
+        )
     if request.drafter is not None and request.drafter not in info.drafters:
         known = ", ".join(info.drafters)
         raise InvalidRequest(f"There is no drafter {request.drafter!r}; there are: {known}.", "skippy.drafter")

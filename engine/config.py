@@ -39,6 +39,9 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name, limit in (("max_num_seqs", 2**20), ("max_num_batched_tokens", 2**20), ("num_threads", 1024)):
+            if (getattr(self, name) or 0) > limit:
+                raise ConfigError(f"{name} must be at most {limit}, got {getattr(self, name)}.")
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -201,7 +201,7 @@ class Engine:
         chosen: SequenceOf[list[int]],
         stats: StepStats,
     ) -> Iterator[SequenceOutput]:
-        sound = torch.isfinite(logits.amax(-1)).tolist() if len(logits) else []
+        sound = torch.isfinite(logits.amax(-1)).tolist()
         row, choices = 0, iter(chosen)
         for work, draft in zip(schedule.work, drafts, strict=True):
             rows = slice(row, row + work.num_logits(len(draft)))

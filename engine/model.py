@@ -293,9 +293,18 @@ class CausalLM(nn.Module):
             self.lm_head.weight = nn.Parameter(head, requires_grad=False)
         return common_tiling([matrices.tiling for matrices in packed])
 
+    def prepare_rope(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Build the rotary tables now, so that settings of no use are known at once.
+
+        Raises:
+            ArithmeticError, KeyError, TypeError, ValueError, RuntimeError: they are of no use.
+        """
+        self._rope = rope_tables(self.config, self.max_len, dtype, device)
+
     def _rope_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self._rope is None or self._rope[0].dtype != like.dtype or self._rope[0].device != like.device:
-            self._rope = rope_tables(self.config, self.max_len, like.dtype, like.device)
+            self.prepare_rope(like.dtype, like.device)
+        assert self._rope is not None
         return self._rope
 
 

@@ -263,8 +263,10 @@ def _head_of(
     by_mass = (mass < goal[:, None]).sum(-1) + 1
     unbounded = torch.tensor([p.top_p >= 1.0 for p in params], device=device)
     count = torch.where(unbounded, seen, torch.minimum(by_mass, seen))
-    enough = (limit <= few) | ((limit == size) & ~unbounded & (by_mass <= few))
-    return best.gather(1, count[:, None] - 1)[:, 0], count, enough
+    edge = best.gather(1, count[:, None] - 1)[:, 0]
+    everything = (limit == size) & unbounded
+    enough = (limit <= few) | ((limit == size) & (unbounded | (by_mass <= few)))
+    return edge.masked_fill(everything, 0.0), count.masked_fill(everything, size), enough
 
 
 def _mix64(x: int) -> int:

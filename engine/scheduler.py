@@ -39,10 +39,14 @@ class Work:
         return self.start + self.num_known == len(self.sequence.tokens)
 
     def num_logits(self, num_drafted: int) -> int:
-        """How many rows, counted from the last, need logits if so many tokens are drafted."""
+        """How many rows, counted from the last, need logits if so many tokens are drafted.
+
+        At least one: a value that is not finite anywhere before shows in the last row, and
+        must be seen before the next step builds on it.
+        """
         if self.sequence.params.prompt_logprobs is not None and self.start < self.sequence.prompt_len:
             return self.num_known + num_drafted
-        return num_drafted + 1 if self.chooses else 0
+        return num_drafted + 1
 
 
 @dataclass(frozen=True, slots=True)

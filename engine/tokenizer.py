@@ -56,6 +56,8 @@ class Tokenizer:
         self._alphabet = _byte_alphabet() if self.byte_level else {}
         self._anchor = None if self.byte_level else self._find_anchor()
         self._token_bytes: dict[int, bytes] = {}
+        self.longest_token = max(map(len, backend.get_vocab()), default=1)
+        """Characters that one token stands for at most."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -75,6 +77,8 @@ class Tokenizer:
         bos_token = config.get("bos_token")
         if isinstance(bos_token, dict):  # written with its matching options
             bos_token = bos_token.get("content")
+        if not isinstance(bos_token, str | None):
+            raise CheckpointError(f"{Path(folder) / 'tokenizer_config.json'}: bos_token is no text: {bos_token!r}.")
         return cls(backend, bos_token, config.get("add_bos_token"))
 
     def __len__(self) -> int:
@@ -87,7 +91,9 @@ class Tokenizer:
         A beginning-of-document token stands at most once at the start, whether the
         model adds it, the text spells it out, or both.
         """
-        ids: list[int] = self._backend.encode(text, add_special_tokens=self._add_bos_token is not False).ids
+        # A batch of one: unlike `encode` it lets other threads run meanwhile.
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=self._add_bos_token is not False)
+        ids: list[int] = encoding.ids
         bos = self.bos_token_id
         if bos is None:
             return ids
@@ -168,7 +174,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a JSON object.")

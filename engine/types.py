@@ -67,7 +67,7 @@ class SamplingParams:
         check(self.max_tokens >= 0, "max_tokens", "at least 0")
         check(within(self.temperature, 0.0, 100.0), "temperature", "between 0 and 100")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
-        check(self.top_k >= 0, "top_k", "at least 0")
+        check(0 <= self.top_k < 2**31, "top_k", "between 0 and 2147483647")
         check(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
         check(within(self.presence_penalty, -2.0, 2.0), "presence_penalty", "between -2 and 2")
         check(within(self.frequency_penalty, -2.0, 2.0), "frequency_penalty", "between -2 and 2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -84,7 +85,7 @@ def open_checkpoint(model: str) -> Checkpoint:
             eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),
             vocab_size=vocab_size,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / 'config.json'} is not a usable configuration: {error!r}.") from error
 
 
@@ -122,6 +123,8 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         attention_bias=bool(raw.get("attention_bias", False)),
         mlp_bias=bool(raw.get("mlp_bias", False)),
     )
+    if config.num_key_value_heads < 1 or config.head_dim < 2 or config.head_dim % 2:
+        raise ValueError(f"num_key_value_heads is {config.num_key_value_heads}, head_dim is {config.head_dim}")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
     return config
@@ -138,19 +141,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
     wanted = dict(model.state_dict())
     if checkpoint.config.tie_word_embeddings:
         del wanted["lm_head.weight"]
-    loaded: dict[str, torch.Tensor] = {}
-    file_of: dict[str, Path] = {}
-    for file in _weight_files(checkpoint.path):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if name in wanted:
-                        loaded[name] = shard.get_tensor(name).to(dtype)
-                        file_of[name] = file
-                    elif not _ignorable(name, checkpoint):
-                        raise CheckpointError(f"{file} holds {name!r}, which no Llama model has: is it another family?")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}. Is the download complete?") from error
+    loaded, file_of = _read_tensors(checkpoint, wanted, dtype, device)
     for name, tensor in wanted.items():
         if name not in loaded:
             raise CheckpointError(f"{checkpoint.path} lacks the tensor {name!r}.")
@@ -163,9 +154,38 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
     _spread_heads(loaded, checkpoint.config)
     model.load_state_dict(loaded, assign=True)
+    try:
+        model.prepare_rope(dtype, device)
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: unusable rotary settings: {error!r}.") from error
     if checkpoint.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
+
+
+def _read_tensors(
+    checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, Path]]:
+    """The wanted tensors of every weight file, and the file that each came from."""
+    loaded: dict[str, torch.Tensor] = {}
+    file_of: dict[str, Path] = {}
+    for file in _weight_files(checkpoint.path):
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if name in wanted:
+                        tensor = shard.get_tensor(name)
+                        if not tensor.is_floating_point():
+                            raise CheckpointError(
+                                f"{file} holds {name!r} as {tensor.dtype}: quantised, in an unknown way."
+                            )
+                        loaded[name] = tensor.to(dtype)
+                        file_of[name] = file
+                    elif not _ignorable(name, checkpoint):
+                        raise CheckpointError(f"{file} holds {name!r}, which no Llama model has: is it another family?")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}. Is the download complete?") from error
+    return loaded, file_of
 
 
 def _spread_heads(tensors: dict[str, torch.Tensor], config: ModelConfig) -> None:
@@ -213,7 +233,7 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object.")
@@ -248,5 +268,5 @@ def _tokenizer_size(path: Path) -> int | None:
         ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
         ids += [token["id"] for token in raw.get("added_tokens") or []]
         return max(ids) + 1
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file} is not a usable tokenizer: {error!r}.") from error

@@ -102,8 +102,14 @@ async def _serve(settings: Settings, listener: socket.socket, worker_command: Se
         )
         server = _Server(config)
         loop = asyncio.get_running_loop()
+
+        def stop(number: int) -> None:
+            server.handle_exit(number, None)
+            # Whoever is not served by then hears why, while there is still time to tell.
+            loop.call_later(DRAIN_SECONDS - 1, client.give_up, "The server is shutting down.")
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, server.handle_exit, number, None)
+            loop.add_signal_handler(number, stop, number)
         serving = asyncio.create_task(server.serve([listener]), name="serve")
         failure = await _load_failure(app.state.serving, serving)
         if failure is not None:

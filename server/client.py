@@ -111,6 +111,7 @@ class AsyncEngineClient:
         self.dead: str | None = None
         self.on_step: Callable[[StepStats], object] = _ignore
         self._process = process
+        self._closing = False
         self._settled = asyncio.Event()
         self._inboxes: dict[str, asyncio.Queue[SequenceOutput | None]] = {}
         self._frames = FrameReader(Event)
@@ -182,7 +183,7 @@ class AsyncEngineClient:
     async def close(self) -> None:
         """End the process and release everything. Waiters hear that the server stops."""
         loaded = self.info is not None and self.dead is None
-        self._die("The server is shutting down.")
+        self.give_up("The server is shutting down.")
         self._commands.close()
         if self._process.returncode is None and not loaded:
             self._signal(signal.SIGTERM)  # while it loads, it does not watch its commands
@@ -193,6 +194,11 @@ class AsyncEngineClient:
             logger.warning("The engine process did not end by itself; killing it.")
             self._signal(signal.SIGKILL)
             await self._supervisor
+
+    def give_up(self, reason: str) -> None:
+        """Tell every waiter, present and future, that nothing is served any more."""
+        self._closing = True
+        self._die(reason)
 
     def check_alive(self) -> None:
         """Raises EngineDead if the engine is."""
@@ -258,6 +264,8 @@ class AsyncEngineClient:
         if self.dead is not None:
             return
         self.dead = reason
+        if self.info is not None and not self._closing:
+            logger.error("The engine is gone: %s", reason)
         self._settled.set()
         for inbox in set(self._inboxes.values()):
             inbox.put_nowait(None)

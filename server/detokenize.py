@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from skippy.engine import Tokenizer
 
@@ -56,6 +57,18 @@ class Detokenizer:
         return _ESCAPED_BYTE.sub(REPLACEMENT, text) if self._per_byte else text
 
 
+@lru_cache(maxsize=256)
+def _fallbacks(pattern: str) -> list[int]:
+    """For each prefix of a pattern, how much of it still matches after a mismatch. Shared by all choices."""
+    fallback = [0] * len(pattern)
+    for i in range(1, len(pattern)):
+        matched = fallback[i - 1]
+        while matched and pattern[matched] != pattern[i]:
+            matched = fallback[matched - 1]
+        fallback[i] = matched + (pattern[matched] == pattern[i])
+    return fallback
+
+
 class _Matcher:
     """Finds one string in text that arrives a character at a time (Knuth, Morris, Pratt)."""
 
@@ -63,9 +76,7 @@ class _Matcher:
         self.pattern = pattern
         self.matched = 0
         """How many of the pattern's first characters the text now ends with."""
-        self._fallback = [0] * len(pattern)
-        for i in range(1, len(pattern)):
-            self._fallback[i] = self._advance(self._fallback[i - 1], pattern[i])
+        self._fallback = _fallbacks(pattern)
 
     def push(self, char: str) -> bool:
         """Whether `char` completes the pattern. Not to be called again once it did."""

@@ -11,6 +11,7 @@ from skippy.server.models import ServedModel
 from skippy.server.schemas import CompletionRequest, Prompt
 
 DEFAULT_MAX_TOKENS = 16
+SLACK = 2
 LONG_TEXT = 16_384
 """Characters from which a prompt is tokenised beside the event loop: some milliseconds."""
 
@@ -63,6 +64,14 @@ async def _prepare_one(body: CompletionRequest, prompt: Prompt, model: ServedMod
 
 
 async def _encode(text: str, model: ServedModel) -> tuple[int, ...]:
+    # Megabytes take seconds to tokenise, only to be refused. The slack is for tokenizers that shorten a text first.
+    if len(text) > SLACK * model.info.max_model_len * model.tokenizer.longest_token:
+        raise ApiError(
+            400,
+            f"The model's context is {model.info.max_model_len} tokens; a prompt of {len(text)} characters cannot fit.",
+            param="prompt",
+            code="context_length_exceeded",
+        )
     if len(text) < LONG_TEXT:
         return tuple(model.tokenizer.encode(text))
     return tuple(await asyncio.to_thread(model.tokenizer.encode, text))

@@ -44,7 +44,10 @@ def parse_bytes(text: object) -> object:
     power = _UNITS[match["unit"].upper()]
     if match["unit"] and (match["suffix"] or "").upper() == "B":
         power = 1000 ** (power.bit_length() // 10)
-    return int(float(match["number"]) * power)
+    size = float(match["number"]) * power
+    if size > 2**62:
+        raise ValueError("expected a size that some machine has")
+    return int(size)
 
 
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
@@ -212,7 +215,7 @@ def from_yaml(path: str) -> Layer:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the config file {path}: {reason}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"the config file {path} is not YAML: {' '.join(str(error).split())}") from error
     if document is None:
         return {}

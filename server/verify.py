@@ -174,7 +174,7 @@ async def _send(client: httpx.AsyncClient, method: str, path: str, **options: An
     try:
         response = await client.request(method, path, **options)
         body = response.json()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OverflowError) as error:
         raise VerifyError(f"cannot reach {client.base_url}: {error or type(error).__name__}") from error
     except ValueError as error:
         raise VerifyError(f"{client.base_url} answered {path} with something that is not JSON") from error

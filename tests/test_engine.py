@@ -230,6 +230,29 @@ def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
     assert not torch.isnan(engine.runner.pool.values[:, : engine.runner.pool.padding_slot]).any()
 
 
+def test_a_prompt_that_is_not_finite_is_noticed_in_its_first_chunk_and_erased(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(
+        EngineConfig(model=str(folder), device="cpu", block_size=16, max_num_seqs=2, max_num_batched_tokens=20)
+    )
+    embed = engine.runner.model.model.embed_tokens
+
+    def embed_with_nan(ids: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.embedding(ids, embed.weight)
+        x[ids == 96] = float("nan")
+        return x
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "forward", embed_with_nan)
+        engine.add(Request("bad", (5, 96, *range(3, 73)), SamplingParams(max_tokens=5)))
+        (output,) = engine.step().outputs
+        assert output.finish_reason == "error"
+    assert not engine.has_work
+    engine.check()
+    assert not engine.runner.pool.cache[:, : engine.runner.pool.padding_slot].isnan().any()
+
+
 @pytest.mark.parametrize(
     ("request_of", "param"),
     [
@@ -241,6 +264,10 @@ def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
         (lambda: Request("r", PROMPT, SamplingParams(logit_bias={97: 1.0})), "logit_bias"),
         (lambda: Request("r", PROMPT, drafter="psychic"), "skippy.drafter"),
         (lambda: Request("r", PROMPT, num_speculative_tokens=1000), "skippy.num_speculative_tokens"),
+        (
+            lambda: Request("r", PROMPT, SamplingParams(min_tokens=2, stop_token_ids=tuple(range(97)))),
+            "stop_token_ids",
+        ),
         (lambda: Request("r", ()), "prompt"),
         (lambda: Request("r", PROMPT, n=0), "n"),
         (lambda: Request("r", PROMPT, n=129), "n"),

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from skippy.engine import sampling
 from skippy.engine.reference import reference_choice
 from skippy.engine.sampling import RowGroup, SamplingState, choose, exponential, fold, logprobs, noise_bits
 from skippy.engine.types import SamplingParams
@@ -411,3 +412,24 @@ def test_a_vocabulary_larger_than_the_first_look(options: dict[str, Any]) -> Non
         expected, margin = reference_choice(row, params, 1, [1], (), state.key(index))
         assert margin > 1e-6
         assert chosen[index] == [expected]
+
+
+def test_a_neighbour_that_truncates_costs_a_plain_row_no_look_at_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row without top_k and top_p keeps everything, and is never sorted for that."""
+    probs = torch.randn(4, 3000, generator=torch.Generator().manual_seed(4)).softmax(-1)
+    params = [SamplingParams(), SamplingParams(top_p=0.1), SamplingParams(min_p=0.5), SamplingParams(top_k=3)]
+    slow = 0
+    head_of = sampling._head_of
+
+    def count(best: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal slow
+        slow += len(best) == 1
+        return head_of(best, *args)
+
+    monkeypatch.setattr(sampling, "_head_of", count)
+    keep = sampling._survivors(probs, params)
+    assert keep is not None
+    assert slow == 0
+    assert keep[0].all()
+    assert keep[3].sum() == 3
+    assert torch.equal(keep[2], probs[2] >= probs[2].max() * 0.5)

@@ -325,8 +325,8 @@ class TestLogitRows:
         sequence.tokens += [7]
         return sequence
 
-    def test_a_chunk_that_ends_before_the_newest_token_needs_none(self) -> None:
-        assert Work(self.sequence(None), start=0, num_known=10, lookahead=0).num_logits(0) == 0
+    def test_a_chunk_that_ends_before_the_newest_token_shows_its_last_row(self) -> None:
+        assert Work(self.sequence(None), start=0, num_known=10, lookahead=0).num_logits(0) == 1
 
     def test_the_newest_token_and_the_drafted_ones_need_one_each(self) -> None:
         work = Work(self.sequence(None), start=4, num_known=7, lookahead=3)
