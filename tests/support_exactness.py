@@ -103,7 +103,7 @@ def assert_exact(
     tallies: dict[str, Tally] = {}
     for mode, params in MODES.items():
         expected = answers[mode]
-        _add_drafters(engine, expected)
+        add_drafters(engine, expected)
         for drafter in drafters:
             for at_once in (1, len(PROMPTS)):
                 steps: list[StepStats] = []
@@ -118,7 +118,8 @@ def assert_exact(
     return tallies
 
 
-def _add_drafters(engine: Engine, answers: dict[tuple[str, int], list[int]]) -> None:
+def add_drafters(engine: Engine, answers: dict[tuple[str, int], list[int]]) -> None:
+    """Give an engine the drafters of the tests; `answers` is what plain decoding emits."""
     engine.add_drafter(OracleDrafter(answers))
     engine.add_drafter(WrongDrafter(answers))
     engine.add_drafter(OffByOneDrafter(answers))

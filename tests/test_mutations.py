@@ -55,19 +55,15 @@ def leaves_a_stale_slot(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KVPool, "write", forgetful)
 
 
-def keeps_the_slots_of_rejected_drafts(patch: pytest.MonkeyPatch) -> None:
+def confuses_two_blocks_after_a_rejection(patch: pytest.MonkeyPatch) -> None:
     commit = Scheduler.commit
 
-    def greedy_commit(scheduler: Scheduler, sequence: Any, computed: int) -> None:
-        commit(
-            scheduler,
-            sequence,
-            computed + 1 if sequence.num_output and computed < len(sequence.tokens) - 1 else computed,
-        )
+    def careless_commit(scheduler: Scheduler, sequence: Any, computed: int) -> None:
+        commit(scheduler, sequence, computed)
         if sequence.num_output > 2 and sequence.misses:
             sequence.table[-1], sequence.table[0] = sequence.table[0], sequence.table[-1]
 
-    patch.setattr(Scheduler, "commit", greedy_commit)
+    patch.setattr(Scheduler, "commit", careless_commit)
 
 
 def counts_no_drafted_tokens(patch: pytest.MonkeyPatch) -> None:
@@ -125,7 +121,7 @@ MUTATIONS: list[Mutation] = [
     accepts_one_too_many,
     accepts_after_a_gap,
     leaves_a_stale_slot,
-    keeps_the_slots_of_rejected_drafts,
+    confuses_two_blocks_after_a_rejection,
     counts_no_drafted_tokens,
     counts_a_token_twice,
     takes_the_noise_of_another_index,

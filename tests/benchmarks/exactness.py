@@ -25,15 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support_engine import (
-    IdentityDrafter,
-    OffByOneDrafter,
-    OracleDrafter,
-    RandomDrafter,
-    WrongDrafter,
-    run_dry,
-    tokens_of,
-)
+from support_engine import run_dry, tokens_of
+from support_exactness import NEAR_TIE, add_drafters
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams, Tokenizer
 from skippy.engine.bench import describe_machine
@@ -54,7 +47,6 @@ MODES = {
         logit_bias={13: 1.5, 30: -2.0, 200: 0.5},
     ),
 }
-NEAR_TIE = 1e-4
 Outputs = dict[tuple[str, int], list[int]]
 
 
@@ -116,13 +108,6 @@ class Comparison:
             for i, prompt in enumerate(self.prompts[:count])
         }
 
-    def add_drafters(self, answers: Outputs) -> None:
-        self.engine.add_drafter(OracleDrafter(answers))
-        self.engine.add_drafter(WrongDrafter(answers))
-        self.engine.add_drafter(OffByOneDrafter(answers))
-        self.engine.add_drafter(RandomDrafter(answers, self.engine.info.vocab_size))
-        self.engine.add_drafter(IdentityDrafter(self.engine))
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,7 +122,7 @@ def main() -> int:
     rows, compared, parted, refused = [], 0, 0, 0
     for mode in MODES:
         base, _, _ = comparison.run(mode, "none", 1)
-        comparison.add_drafters(base)
+        add_drafters(comparison.engine, base)
         expected = comparison.reference(mode, options.reference)
         from_reference = comparison.differences(mode, expected, {choice: base[choice] for choice in expected})
         print(f"{mode}: the reference and plain decoding differ in {from_reference} of {len(expected)} outputs")
