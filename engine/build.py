@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from skippy.engine.adapter import S3DAdapter
+from skippy.engine.adapter_files import find_adapter
 from skippy.engine.attention import SDPAAttention
 from skippy.engine.config import EngineConfig
 from skippy.engine.errors import ConfigError
@@ -26,6 +28,7 @@ class Build:
     checkpoint: Checkpoint
     runner: Runner
     max_model_len: int
+    adapter: S3DAdapter | None
 
 
 def build(config: EngineConfig) -> Build:
@@ -70,7 +73,8 @@ def build(config: EngineConfig) -> Build:
         device,
     )
     attention = SDPAAttention(pool, shape.num_attention_heads, max_model_len, shape.head_dim**-0.5)
-    return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len)
+    adapter = find_adapter(checkpoint, config.adapter, dtype, device)
+    return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len, adapter)
 
 
 def _device(config: EngineConfig) -> torch.device:

@@ -31,7 +31,8 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
-    drafter: str = "ngram"
+    drafter: str = "auto"
+    adapter: str | None = None
     num_speculative_tokens: int = 4
     num_threads: int | None = None
 

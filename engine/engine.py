@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -15,9 +15,10 @@ from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
-from skippy.engine.drafters.base import Drafter
+from skippy.engine.drafters.base import Drafter, Observer
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
+from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.errors import ConfigError, InvalidRequest
 from skippy.engine.model import full_plan
 from skippy.engine.runner import Rows
@@ -25,6 +26,7 @@ from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
 from skippy.engine.scheduler import Schedule, Scheduler, Work
 from skippy.engine.sequence import Sequence
 from skippy.engine.stats import Clock, count_pass, count_verdict
+from skippy.engine.tensors import to_device
 from skippy.engine.types import (
     DraftCounts,
     EngineInfo,
@@ -71,18 +73,33 @@ class Engine:
             config.max_num_batched_tokens,
             config.enable_prefix_caching,
         )
-        known: list[Drafter] = [NoDrafter(), NgramDrafter()]
-        self.drafters = {drafter.name: drafter for drafter in known}
-        if config.drafter not in self.drafters:
-            raise ConfigError(f"There is no drafter {config.drafter!r}; there are: {', '.join(self.drafters)}.")
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
+        known: list[Drafter] = [NoDrafter(), NgramDrafter()]
+        if built.adapter is not None:
+            known.append(S3DDrafter(built.runner, built.adapter, self.states))
+        self.drafters = {drafter.name: drafter for drafter in known}
+        self._default_drafter = self._choose_drafter()
         self.info = self._describe()
 
     def add_drafter(self, drafter: Drafter) -> None:
         """Let requests name one more drafter."""
         self.drafters[drafter.name] = drafter
         self.info = self._describe()
+
+    def _choose_drafter(self) -> str:
+        """The drafter of requests that name none."""
+        wanted = self._config.drafter
+        if wanted == "auto":
+            return S3DDrafter.name if S3DDrafter.name in self.drafters else NgramDrafter.name
+        if wanted == S3DDrafter.name and wanted not in self.drafters:
+            raise ConfigError(
+                f"The drafter s3d needs an adapter, and {self._checkpoint.path} has none: train one with "
+                "`skippy train`, or name its folder with adapter."
+            )
+        if wanted not in self.drafters:
+            raise ConfigError(f"There is no drafter {wanted!r}; there are: auto, {', '.join(self.drafters)}.")
+        return wanted
 
     @property
     def has_work(self) -> bool:
@@ -100,7 +117,7 @@ class Engine:
         seed = random.getrandbits(63) if request.params.seed is None else request.params.seed
         stops = frozenset(request.params.stop_token_ids)
         ends = stops if request.params.ignore_eos else stops | frozenset(self._checkpoint.eos_token_ids)
-        drafter = request.drafter or self._config.drafter
+        drafter = request.drafter or self._default_drafter
         wanted = request.num_speculative_tokens
         if drafter == NoDrafter.name:
             wanted = 0
@@ -152,12 +169,14 @@ class Engine:
                 drafts = self._propose(schedule)
                 if any(work.lookahead for work in schedule.work):
                     stats.draft_seconds = clock.lap()
-                logits = self.runner.run(_rows(schedule, drafts), self._verify_plan)
+                hidden, tapped = self.runner.compute(_rows(schedule, drafts), self._verify_plan, taps=self._taps())
+                logits = self.runner.logits(hidden)
                 groups = self._groups(schedule, drafts)
                 chosen = choose(_decision_rows(logits, schedule, drafts), groups) if groups else []
                 count_pass(stats, schedule, clock.lap())
                 # If it fails half-way, what was committed before is told all the same.
                 outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
+                self._show_observers(schedule, drafts, hidden, tapped)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
         now = self.load()
@@ -185,6 +204,9 @@ class Engine:
                     assert len(proposal) <= schedule.work[place].lookahead
                     drafts[place] = proposal
         return drafts
+
+    def _taps(self) -> set[int]:
+        return {layer for d in self.drafters.values() if isinstance(d, Observer) for layer in d.taps}
 
     def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
         return [
@@ -236,6 +258,25 @@ class Engine:
         elif len(sequence.tokens) == sequence.max_len:
             finish = "length"
         return self._output(sequence, verdict.emitted, logits[-len(chosen) :], finish)
+
+    def _show_observers(
+        self, schedule: Schedule, drafts: SequenceOf[list[int]], hidden: Tensor, tapped: Mapping[int, Tensor]
+    ) -> None:
+        """Let the observing drafters see what the pass computed of their sequences' newest computed tokens."""
+        observers = {name: d for name, d in self.drafters.items() if isinstance(d, Observer)}
+        rows: dict[str, list[int]] = {name: [] for name in observers}
+        sequences: dict[str, list[Sequence]] = {name: [] for name in observers}
+        end = 0
+        for work, draft in zip(schedule.work, drafts, strict=True):
+            end += work.num_logits(len(draft))
+            sequence = work.sequence
+            if sequence.drafter in rows and sequence.finish_reason is None:
+                unaccepted = work.start + work.num_known + len(draft) - sequence.computed
+                rows[sequence.drafter].append(end - 1 - unaccepted)
+                sequences[sequence.drafter].append(sequence)
+        for name, observer in observers.items():
+            newest = to_device(rows[name], hidden.device)
+            observer.observe(sequences[name], hidden[newest], {layer: x[newest] for layer, x in tapped.items()})
 
     def _output(
         self, sequence: Sequence, emitted: list[int], logits: Tensor | None, finish: FinishReason | None
@@ -337,7 +378,7 @@ class Engine:
             max_model_len=self._max_model_len,
             bos_token_id=checkpoint.bos_token_id,
             eos_token_ids=list(checkpoint.eos_token_ids),
-            drafter=self._config.drafter,
+            drafter=self._default_drafter,
             drafters=list(self.drafters),
             num_speculative_tokens=self._config.num_speculative_tokens,
             max_speculative_tokens=MAX_SPECULATIVE_TOKENS,

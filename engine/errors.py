@@ -26,5 +26,9 @@ class CheckpointError(SkippyError):
     """A model folder is missing, truncated, damaged or of an unsupported kind."""
 
 
+class AdapterError(SkippyError):
+    """An adapter folder is missing, truncated, damaged or made for another shape of model."""
+
+
 class EngineDead(SkippyError):
     """The engine process is gone; no request can be served any more."""

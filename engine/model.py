@@ -10,7 +10,7 @@ trained. `pack` then replaces the matrices by fused ones laid out for inference.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -61,10 +61,21 @@ def skipping_plan(config: ModelConfig, start: int, end: int) -> Plan:
 
 
 class Adapter(Protocol):
-    """What is added to a fused product on the rows whose gate is 1."""
+    """What changes on the rows of a pass that draft. The others come out as without it."""
 
-    def delta(self, layer: int, part: str, x: Tensor) -> Tensor:
-        """x [N, in_features] to [N, out_features]; part is "qkv", "o", "gate_up" or "down"."""
+    def embed(self, token_ids: Tensor, embedding: nn.Embedding) -> Tensor:
+        """token_ids [N], which may lie beyond the vocabulary, to [N, hidden_size]."""
+        ...
+
+    def enter(self, layer: int, x: Tensor) -> Tensor:
+        """x [N, hidden_size] on its way into a layer; `num_hidden_layers` stands for the end."""
+        ...
+
+    def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
+        """x [N, in_features] and its product y [N, out_features] to the product wanted.
+
+        part is "qkv", "o", "gate_up" or "down"; y may be changed in place.
+        """
         ...
 
 
@@ -153,13 +164,10 @@ class _Pass:
     sin: Tensor  # [N, 1, head_dim]
     attend: PassAttention
     adapter: Adapter | None
-    gate: Tensor | None  # [N, 1]
 
     def product(self, layer: int, part: str, linear: _Fused, x: Tensor) -> Tensor:
         y = linear(x)
-        if self.adapter is not None and self.gate is not None:
-            y = y + self.gate * self.adapter.delta(layer, part, x)
-        return y
+        return y if self.adapter is None else self.adapter.add(layer, part, x, y)
 
 
 class SelfAttention(nn.Module):
@@ -247,17 +255,36 @@ class CausalLM(nn.Module):
         self._rope: tuple[Tensor, Tensor] | None = None
         self._packed_head: RowLinear | None = None
 
-    def forward(self, batch: TokenBatch, plan: Plan, attend: PassAttention, adapter: Adapter | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: TokenBatch,
+        plan: Plan,
+        attend: PassAttention,
+        adapter: Adapter | None = None,
+        taps: Collection[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the rows of `batch` through the layers of `plan`.
 
-        Returns the last hidden states, not yet normalised, [N, hidden_size].
+        Returns the last hidden states, not yet normalised, [N, hidden_size], and of every
+        layer in `taps` the hidden states that entered it.
         """
-        x: Tensor = self.model.embed_tokens(batch.token_ids)
+        embedding = self.model.embed_tokens
+        x: Tensor = embedding(batch.token_ids) if adapter is None else adapter.embed(batch.token_ids, embedding)
         cos, sin = self._rope_tables(x)
-        shared = _Pass(cos[batch.positions], sin[batch.positions], attend, adapter, batch.adapter_gate)
+        shared = _Pass(cos[batch.positions], sin[batch.positions], attend, adapter)
+        tapped: dict[int, Tensor] = {}
         for step in plan:
+            if adapter is not None:
+                x = adapter.enter(step.layer, x)
+            if step.layer in taps:
+                tapped[step.layer] = x
             x = self.model.layers[step.layer](x, step.layer, shared)
-        return x
+        end = self.config.num_hidden_layers
+        if adapter is not None:
+            x = adapter.enter(end, x)
+        if end in taps:
+            tapped[end] = x
+        return x, tapped
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [M, hidden_size], M padded like a batch, to [M, vocabulary] float32."""
@@ -270,6 +297,11 @@ class CausalLM(nn.Module):
         if x.device.type == "cuda":
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
         return F.linear(x.float(), weight.float())
+
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        """The rows of the head that belong to some tokens. token_ids [...] to [..., hidden_size]."""
+        tied = self.config.tie_word_embeddings
+        return F.embedding(token_ids, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
     def pack(self, vocab_size: int) -> Tiling:
         """Lay the matrices out for inference; the module cannot be trained any more.
@@ -316,7 +348,7 @@ def silu_rows(x: Tensor) -> Tensor:
     Below 32,768 elements one thread does it all; a row of a wider view never shares a vector
     with the next row.
     """
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.silu(x)
     rows = max(1, 32768 // x.shape[-1])
     if len(x) <= rows:

@@ -45,7 +45,8 @@ def reference_logits(model: CausalLM, tokens: Sequence[int]) -> Tensor:
         segments=[],
         logit_rows=torch.arange(count),
     )
-    return model.logits(model(batch, full_plan(model.config), _DenseAttention()))
+    hidden, _ = model(batch, full_plan(model.config), _DenseAttention())
+    return model.logits(hidden)
 
 
 def reference_choice(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -17,17 +18,12 @@ from skippy.engine.tensors import Segment, TokenBatch, to_device
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Consecutive tokens of one sequence to be computed.
-
-    The last `num_logits` of them get logits. `gate_from` is the first row, counted from the
-    start of these, that the adapter applies to; None for no row.
-    """
+    """Consecutive tokens of one sequence to be computed; the last `num_logits` of them are read."""
 
     tokens: SequenceOf[int]
     position: int
     table: list[int]
     num_logits: int
-    gate_from: int | None = None
 
 
 class Runner:
@@ -39,25 +35,46 @@ class Runner:
         self._attention = attention
         self._tiling = tiling
 
-    @torch.inference_mode()
     def run(self, rows: SequenceOf[Rows], plan: Plan, adapter: Adapter | None = None) -> Tensor:
         """Compute the rows and cache their KV at the layers of `plan`.
 
         Returns float32 logits of the rows that asked for them, in order, [sum of num_logits, vocabulary].
         """
-        batch, num_logits = self._batch(rows)
-        hidden: Tensor = self.model(batch, plan, self._attention.begin(batch.segments, batch.slots), adapter)
-        if num_logits == 0:
-            return hidden.new_empty(0, 0, dtype=torch.float32)
-        return self.model.logits(hidden[batch.logit_rows])[:num_logits]
+        hidden, _ = self.compute(rows, plan, adapter)
+        return self.logits(hidden)
 
-    def _batch(self, rows: SequenceOf[Rows]) -> tuple[TokenBatch, int]:
+    @torch.inference_mode()
+    def compute(
+        self, rows: SequenceOf[Rows], plan: Plan, adapter: Adapter | None = None, taps: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Compute the rows and cache their KV at the layers of `plan`.
+
+        Returns the last hidden states of the rows that are read, in order, [M, hidden_size],
+        and by layer in `taps` what entered it, [M, hidden_size] each.
+        """
+        batch = self._batch(rows)
+        attend = self._attention.begin(batch.segments, batch.slots)
+        hidden, tapped = self.model(batch, plan, attend, adapter, taps)
+        return hidden[batch.logit_rows], {layer: x[batch.logit_rows] for layer, x in tapped.items()}
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[M, hidden_size], as `compute` returns it, to [M, vocabulary] float32."""
+        count = len(hidden)
+        if count == 0:
+            return hidden.new_empty(0, 0, dtype=torch.float32)
+        padding = self._tiling.padded(count) - count
+        if padding:
+            hidden = torch.cat((hidden, hidden.new_zeros(padding, hidden.shape[1])))
+        logits: Tensor = self.model.logits(hidden)
+        return logits[:count]
+
+    def _batch(self, rows: SequenceOf[Rows]) -> TokenBatch:
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         segments: list[Segment] = []
         logit_rows: list[int] = []
-        gate: list[int] = []
         size = self.pool.block_size
         for part in rows:
             first, end = len(token_ids), part.position + len(part.tokens)
@@ -70,26 +87,15 @@ class Runner:
                 table = part.table[: start // size + 1]
                 segments.append(Segment(first + start - part.position, stop - start, start, table))
             logit_rows += range(len(token_ids) - part.num_logits, len(token_ids))
-            if part.gate_from is not None:
-                gate += range(first + part.gate_from, len(token_ids))
-        num_logits = len(logit_rows)
         padding = self._tiling.padded(len(token_ids) + self._attention.slack_rows) - len(token_ids)
         token_ids += [0] * padding
         positions += [0] * padding
         slots += [self.pool.padding_slot] * padding
-        logit_rows += [0] * (self._tiling.padded(num_logits) - num_logits)
         device = self.pool.keys.device
-        batch = TokenBatch(
+        return TokenBatch(
             token_ids=to_device(token_ids, device),
             positions=to_device(positions, device),
             slots=to_device(slots, device),
             segments=segments,
             logit_rows=to_device(logit_rows, device),
-            adapter_gate=self._gate(gate, len(token_ids)) if gate else None,
         )
-        return batch, num_logits
-
-    def _gate(self, rows: list[int], num_rows: int) -> Tensor:
-        gate = torch.zeros(num_rows, 1, dtype=self.pool.keys.dtype, device=self.pool.keys.device)
-        gate[rows] = 1
-        return gate

@@ -185,7 +185,7 @@ def _sample(scaled: Tensor, params: Sequence[SamplingParams], keys: Sequence[int
     likeliest token's ratio for `best`, cannot win. scaled [R, V] = logits / temperature.
     """
     probs = torch.softmax(scaled, -1)
-    keep = _survivors(probs, params)
+    keep = survivors(probs, params)
     folded = to_device([fold(key) for key in keys], probs.device).int()
     bits = noise_bits(folded[:, None], torch.arange(probs.shape[1], dtype=torch.int32, device=probs.device))
     top, place = probs.max(-1, keepdim=True)
@@ -215,7 +215,7 @@ def exponential(bits: Tensor) -> Tensor:
     return -torch.log1p((bits.double() + 0.5) * -(2.0**-24))
 
 
-def _survivors(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
+def survivors(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
     """[R, V] bool: the tokens that top_k, top_p and min_p leave in the running; None for all."""
     truncated = [p.top_k > 0 or p.top_p < 1.0 for p in params]
     min_p = [p.min_p for p in params]

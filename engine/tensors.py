@@ -33,7 +33,6 @@ class TokenBatch:
     slots: Tensor  # [N] int64, where in the pool each row writes its K and V
     segments: list[Segment]
     logit_rows: Tensor  # [M] int64, the rows that reach lm_head
-    adapter_gate: Tensor | None = None  # [N, 1] model dtype, 1 where the adapter applies
 
 
 def to_device(values: list[int], device: torch.device) -> Tensor:

@@ -169,7 +169,7 @@ def _read_tensors(
     """The wanted tensors of every weight file, and the file that each came from."""
     loaded: dict[str, torch.Tensor] = {}
     file_of: dict[str, Path] = {}
-    for file in _weight_files(checkpoint.path):
+    for file in weight_files(checkpoint.path):
         try:
             with safe_open(file, framework="pt", device=str(device)) as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -208,7 +208,7 @@ def _ignorable(name: str, checkpoint: Checkpoint) -> bool:
     return tied_copy or name.endswith("rotary_emb.inv_freq")
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     index_file = path / "model.safetensors.index.json"
     index = _read_json(index_file, required=False)
     names = ["model.safetensors"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from skippy.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Drafter(Protocol):
@@ -19,5 +23,23 @@ class Drafter(Protocol):
 
         Every sequence has `computed == len(tokens) - 1`, and KV slots for its newest token
         and limits[i] more: a drafter that runs the model may use them as scratch.
+        """
+        ...
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """A drafter that learns from the verify pass."""
+
+    @property
+    def taps(self) -> SequenceOf[int]:
+        """The layers whose input it wants to see."""
+        ...
+
+    def observe(self, sequences: SequenceOf[Sequence], hidden: Tensor, tapped: Mapping[int, Tensor]) -> None:
+        """What the last pass computed for each sequence's newest computed token, B of them.
+
+        hidden [B, hidden_size], the last hidden states, not normalised; tapped by layer, what
+        entered it, [B, hidden_size].
         """
         ...

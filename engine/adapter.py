@@ -1,0 +1,228 @@
+"""The S3D adapter: what a model needs to draft for itself (arXiv 2405.20314).
+
+A draft pass runs the newest token and some mask tokens through the layers outside the skip
+band. The adapter adds to it, on those rows only:
+
+    masks    embeddings that stand for tokens not known yet
+    LoRA     low-rank changes of the kept layers' matrices (arXiv 2106.09685)
+    bridge   at the end of the band, what the skipped layers did one token ago
+    head     a small recurrent net that ties the drafted tokens to one another
+
+The rows of a draft are computed at once, so none knows which token the others will become.
+The head goes over them in order: it takes the row's hidden state and the token drafted
+before, and corrects the hidden state before it meets the model's final norm and head.
+Verified rows never meet any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
+from skippy.engine.model import ModelConfig
+
+PARTS = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """The shape of an adapter. A rank or size of 0 leaves the part out.
+
+    Attributes:
+        skip_start, skip_end: the layers [skip_start, skip_end) are skipped.
+        num_speculative_tokens: the most tokens one pass drafts, one per row.
+        recurrent: whether the head hands a state from row to row.
+    """
+
+    skip_start: int
+    skip_end: int
+    num_speculative_tokens: int
+    lora_rank: int
+    head_size: int
+    bridge_rank: int
+    recurrent: bool
+
+    def check(self, base: ModelConfig) -> None:
+        """Raise ValueError unless an adapter of this shape fits a base."""
+        layers = base.num_hidden_layers
+        for name in ("skip_start", "skip_end", "num_speculative_tokens", "lora_rank", "head_size", "bridge_rank"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        if not self.skip_start <= self.skip_end <= layers or self.skip_end - self.skip_start == layers:
+            raise ValueError(f"the skip band [{self.skip_start}, {self.skip_end}) leaves no layer of {layers}")
+        if not 1 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ValueError(f"num_speculative_tokens is {self.num_speculative_tokens}")
+
+
+def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) features of every fused product of a layer."""
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "qkv": (hidden, (heads + 2 * kv_heads) * head_dim),
+        "o": (heads * head_dim, hidden),
+        "gate_up": (hidden, 2 * inner),
+        "down": (inner, hidden),
+    }
+
+
+class LowRank(nn.Module):
+    """x to B A x, zero at first. A [rank, in], B [out, rank]."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, in_features) * in_features**-0.5)
+        self.b = nn.Parameter(torch.zeros(out_features, rank))
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + B A x, in place where no gradient is wanted. x [N, in], y [N, out]."""
+        low = F.linear(x, self.a.to(x.dtype))
+        if torch.is_grad_enabled():
+            return torch.addmm(y, low, self.b.to(y.dtype).t())
+        return y.addmm_(low, self.b.to(y.dtype).t())
+
+
+class Bridge(nn.Module):
+    """What the skipped layers added one token ago, and where that token ended, to a correction.
+
+    The sum of a gain per channel on the first and a low-rank map of both, normalised.
+    """
+
+    def __init__(self, hidden_size: int, rank: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(hidden_size))
+        self.low_rank = LowRank(2 * hidden_size, hidden_size, rank)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """context [N, 2, hidden_size] (see `S3DAdapter.bind`) to [N, hidden_size]."""
+        unit = F.rms_norm(context, context.shape[-1:])
+        return self.low_rank.add_to(context[:, 0] * self.gain.to(context.dtype), unit.flatten(1))
+
+
+class SequentialHead(nn.Module):
+    """Corrects row j's hidden state by the token drafted before it, and by a state if recurrent.
+
+    z_j = silu(W_h norm(h_j) + W_e norm(E[d_(j-1)]) + U z_(j-1)), h_j + W_out z_j.
+    """
+
+    def __init__(self, hidden_size: int, size: int, *, recurrent: bool) -> None:
+        super().__init__()
+        self.from_hidden = nn.Linear(hidden_size, size)
+        self.from_token = nn.Linear(hidden_size, size, bias=False)
+        self.from_state = nn.Linear(size, size, bias=False) if recurrent else None
+        self.out = nn.Linear(size, hidden_size, bias=False)
+        nn.init.zeros_(self.out.weight)
+        if self.from_state is not None:
+            nn.init.zeros_(self.from_state.weight)
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """What the rows contribute, whatever is drafted. hidden [..., hidden_size] to [..., size]."""
+        return _linear(F.rms_norm(hidden, hidden.shape[-1:]), self.from_hidden)
+
+    def step(self, prepared: Tensor, token: Tensor, state: Tensor | None) -> Tensor:
+        """The state after a row. prepared [N, size]; token [N, hidden_size], an embedding; state [N, size]."""
+        z = prepared + _linear(F.rms_norm(token, token.shape[-1:]), self.from_token)
+        if self.from_state is not None and state is not None:
+            z = z + _linear(state, self.from_state)
+        return F.silu(z)
+
+    def correct(self, hidden: Tensor, state: Tensor) -> Tensor:
+        """[N, hidden_size]."""
+        return hidden + _linear(state, self.out)
+
+
+class S3DAdapter(nn.Module):
+    """The trained parts of a drafter, for a base of one shape."""
+
+    def __init__(self, config: AdapterConfig, base: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = base.vocab_size
+        self.kept = [i for i in range(base.num_hidden_layers) if not config.skip_start <= i < config.skip_end]
+        self.masks = nn.Parameter(torch.randn(config.num_speculative_tokens - 1, base.hidden_size) * 0.02)
+        shapes = part_shapes(base)
+        self.lora = nn.ModuleDict(
+            {f"{i}_{part}": LowRank(*shapes[part], config.lora_rank) for i in self.kept for part in PARTS}
+            if config.lora_rank
+            else {}
+        )
+        self.bridge = Bridge(base.hidden_size, config.bridge_rank) if config.bridge_rank else None
+        self.head = (
+            SequentialHead(base.hidden_size, config.head_size, recurrent=config.recurrent) if config.head_size else None
+        )
+
+    def bind(self, context: Tensor | None, first_row: int = 0) -> BoundAdapter:
+        """The adapter for one pass.
+
+        Args:
+            context: [R, 2, hidden_size], for each of its rows what the band
+                [skip_start, skip_end) added to the token before the newest one, and that
+                token's last hidden state. None without a bridge.
+            first_row: the rows from here to the end are the drafter's.
+        """
+        return BoundAdapter(self, context, first_row)
+
+    def mask_ids(self, count: int) -> list[int]:
+        """The token ids that stand for the first `count` masks."""
+        return list(range(self.vocab_size, self.vocab_size + count))
+
+
+class BoundAdapter:
+    """An adapter and what it needs to know of one pass; the model's `Adapter`."""
+
+    def __init__(self, adapter: S3DAdapter, context: Tensor | None, first_row: int) -> None:
+        self._adapter = adapter
+        self._context = context
+        self._rows = slice(first_row, None)
+        self._first_row = first_row
+
+    def embed(self, token_ids: Tensor, embedding: nn.Embedding) -> Tensor:
+        """token_ids [N], some of them of masks, to [N, hidden_size]."""
+        masks, size = self._adapter.masks, self._adapter.vocab_size
+        x: Tensor = embedding(token_ids.clamp(max=size - 1))
+        if len(masks) == 0:
+            return x
+        of_mask = masks[(token_ids - size).clamp(min=0)].to(x.dtype)
+        return torch.where((token_ids >= size)[:, None], of_mask, x)
+
+    def enter(self, layer: int, x: Tensor) -> Tensor:
+        """x [N, hidden_size] on its way into a layer."""
+        bridge = self._adapter.bridge
+        if bridge is None or self._context is None or layer != self._adapter.config.skip_end:
+            return x
+        delta = bridge(self._context)
+        if len(delta) == len(x):
+            return x + delta
+        x[self._first_row : self._first_row + len(delta)] += delta  # what follows is padding
+        return x
+
+    def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the change of the product that made it of x. x [N, in], y [N, out]."""
+        name = f"{layer}_{part}"
+        lora = self._adapter.lora
+        if name not in lora:
+            return y
+        module = lora[name]
+        assert isinstance(module, LowRank)
+        if self._first_row == 0:
+            return module.add_to(y, x)
+        module.add_to(y[self._rows], x[self._rows])  # in place: such passes are not trained
+        return y
+
+
+def named_sizes(adapter: S3DAdapter) -> Iterator[tuple[str, int]]:
+    """How many numbers each part holds."""
+    yield "masks", adapter.masks.numel()
+    for name, part in (("lora", adapter.lora), ("bridge", adapter.bridge), ("head", adapter.head)):
+        if part is not None:
+            yield name, sum(p.numel() for p in part.parameters())
+
+
+def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    bias = linear.bias
+    return F.linear(x, linear.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,156 @@
+"""Adapters on disk: a folder with adapter.json and adapter.safetensors.
+
+An adapter belongs to one base. For another base of the same shape it drafts badly, and
+nothing worse can happen, because every token is verified: that is a warning. Shapes that
+do not fit are an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from skippy.engine.adapter import AdapterConfig, S3DAdapter
+from skippy.engine.errors import AdapterError
+from skippy.engine.model import ModelConfig
+from skippy.engine.weights import Checkpoint, weight_files
+
+FORMAT_VERSION = 1
+BESIDE_MODEL = "s3d"
+"""The folder, in a model's folder, where its adapter is looked for."""
+BASE_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+logger = logging.getLogger("skippy.engine")
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of a model's weights: of the name, shape and first row of every tensor.
+
+    All of a large model would take minutes to read.
+    """
+    digest = hashlib.sha256()
+    for file in weight_files(checkpoint.path):
+        with safe_open(file, framework="pt") as tensors:
+            for name in sorted(tensors.keys()):
+                part = tensors.get_slice(name)
+                digest.update(f"{name}{part.get_shape()}".encode())
+                digest.update(part[:1].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapter(folder: Path, adapter: S3DAdapter, checkpoint: Checkpoint, training: Mapping[str, Any]) -> None:
+    """Write an adapter; whoever reads meanwhile finds whole files.
+
+    Args:
+        training: how it was trained, for people to read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "format_version": FORMAT_VERSION,
+        "base": {name: getattr(checkpoint.config, name) for name in BASE_SIZES},
+        "base_fingerprint": fingerprint(checkpoint),
+        **asdict(adapter.config),
+        "training": dict(training),
+    }
+    tensors = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in adapter.state_dict().items()}
+    save_file(tensors, folder / "adapter.safetensors.new")
+    (folder / "adapter.json.new").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    for name in ("adapter.safetensors", "adapter.json"):
+        (folder / f"{name}.new").replace(folder / name)
+
+
+def find_adapter(
+    checkpoint: Checkpoint, given: str | None, dtype: torch.dtype, device: torch.device
+) -> S3DAdapter | None:
+    """The adapter of a model: in the folder given, or beside the model, or None.
+
+    Raises:
+        AdapterError: there is one, but it is damaged or of another shape, or the folder given holds none.
+    """
+    if given is not None:
+        return load_adapter(Path(given).expanduser(), checkpoint, dtype, device)
+    beside = checkpoint.path / BESIDE_MODEL
+    return load_adapter(beside, checkpoint, dtype, device) if beside.is_dir() else None
+
+
+def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> S3DAdapter:
+    """Read an adapter for a model.
+
+    Raises:
+        AdapterError: it is missing, damaged, of an unknown format or of another shape.
+    """
+    described = _read_description(folder)
+    file = folder / "adapter.safetensors"
+    _check_base(folder, described, checkpoint.config)
+    try:
+        config = AdapterConfig(**{field.name: described[field.name] for field in fields(AdapterConfig)})
+        config.check(checkpoint.config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / 'adapter.json'} is not a usable description: {error!r}.") from error
+    with torch.device("meta"):
+        adapter = S3DAdapter(config, checkpoint.config)
+    wanted = adapter.state_dict()
+    try:
+        tensors = load_file(file, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{file} cannot be read: {error}. Is it complete?") from error
+    for name in wanted.keys() | tensors.keys():
+        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
+            raise AdapterError(f"{file}: the tensor {name!r} is missing, left over or of another shape.")
+        if not tensors[name].isfinite().all():
+            raise AdapterError(f"{file}: the tensor {name!r} holds values that are not finite.")
+    adapter.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    if described.get("base_fingerprint") != fingerprint(checkpoint):
+        logger.warning(
+            "the adapter in %s was trained for another model of the same shape than %s: output stays exact, but "
+            "few drafts will be accepted",
+            folder,
+            checkpoint.path,
+        )
+    return adapter.requires_grad_(False).eval()
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter.json"
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{folder} holds no adapter: {file} cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(described, dict):
+        raise AdapterError(f"{file} does not hold a JSON object.")
+    if described.get("format_version") != FORMAT_VERSION:
+        raise AdapterError(
+            f"{file} has format_version {described.get('format_version')!r}; this version of Skippy reads "
+            f"{FORMAT_VERSION}."
+        )
+    return described
+
+
+def _check_base(folder: Path, described: Mapping[str, Any], base: ModelConfig) -> None:
+    trained_for = described.get("base")
+    trained_for = trained_for if isinstance(trained_for, dict) else {}
+    for name in BASE_SIZES:
+        if trained_for.get(name) != getattr(base, name):
+            raise AdapterError(
+                f"The adapter in {folder} is for a model whose {name} is {trained_for.get(name)}; this one's is "
+                f"{getattr(base, name)}."
+            )

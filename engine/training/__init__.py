@@ -1,0 +1,1 @@
+"""Training of the adapter that lets a model draft for itself. Serving never imports this."""
