@@ -33,7 +33,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     drafter: str = "auto"
     adapter: str | None = None
-    num_speculative_tokens: int = 4
+    num_speculative_tokens: int | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -43,6 +43,8 @@ class EngineConfig:
         for name, limit in (("max_num_seqs", 2**20), ("max_num_batched_tokens", 2**20), ("num_threads", 1024)):
             if (getattr(self, name) or 0) > limit:
                 raise ConfigError(f"{name} must be at most {limit}, got {getattr(self, name)}.")
+        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 0:
+            raise ConfigError(f"num_speculative_tokens must be at least 0, got {self.num_speculative_tokens}.")
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -52,7 +54,5 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence needs a row per step."
             )
-        if self.num_speculative_tokens < 0:
-            raise ConfigError(f"num_speculative_tokens must be at least 0, got {self.num_speculative_tokens}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")

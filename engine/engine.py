@@ -15,6 +15,7 @@ from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
+from skippy.engine.controller import Controller
 from skippy.engine.drafters.base import Drafter, Observer
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
@@ -40,6 +41,9 @@ from skippy.engine.types import (
 
 logger = logging.getLogger("skippy.engine")
 
+DEFAULT_SPECULATIVE_TOKENS = 4
+"""For drafters that do not know better."""
+
 
 class Engine:
     """Serves requests with one model on one device. Not thread-safe: one caller, step by step.
@@ -55,7 +59,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.num_speculative_tokens > MAX_SPECULATIVE_TOKENS:
+        if (config.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
             raise ConfigError(
                 f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {config.num_speculative_tokens}."
             )
@@ -80,6 +84,7 @@ class Engine:
             known.append(S3DDrafter(built.runner, built.adapter, self.states))
         self.drafters = {drafter.name: drafter for drafter in known}
         self._default_drafter = self._choose_drafter()
+        self._controller = Controller(built.adapter.config.num_speculative_tokens) if built.adapter else None
         self.info = self._describe()
 
     def add_drafter(self, drafter: Drafter) -> None:
@@ -119,8 +124,9 @@ class Engine:
         ends = stops if request.params.ignore_eos else stops | frozenset(self._checkpoint.eos_token_ids)
         drafter = request.drafter or self._default_drafter
         wanted = request.num_speculative_tokens
-        if drafter == NoDrafter.name:
-            wanted = 0
+        if wanted is None:
+            wanted = self._config.num_speculative_tokens
+        adaptive = wanted is None and drafter == S3DDrafter.name
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
@@ -128,7 +134,8 @@ class Engine:
                 index=index,
                 seed=seed,
                 drafter=drafter,
-                max_draft=self._config.num_speculative_tokens if wanted is None else wanted,
+                max_draft=0 if drafter == NoDrafter.name else self._default_width(drafter) if wanted is None else wanted,
+                adaptive=adaptive,
                 end_ids=ends,
                 tokens=list(request.prompt_token_ids),
                 leader=sequences[0] if sequences else None,
@@ -162,7 +169,8 @@ class Engine:
         clock = Clock(self.runner.pool.keys.device)
         stats = StepStats(kv_blocks_total=self._blocks.num_blocks)
         outputs: list[SequenceOutput] = []
-        schedule = self._scheduler.schedule()
+        width = self._width()
+        schedule = self._scheduler.schedule(width)
         if schedule.work:
             try:
                 stats.host_seconds = clock.lap()
@@ -179,11 +187,24 @@ class Engine:
                 self._show_observers(schedule, drafts, hidden, tapped)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
+        self._inform_controller(schedule, width, stats)
         now = self.load()
         stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
         stats.preemptions = schedule.preempted
         stats.host_seconds += clock.lap()
         return StepOutput(outputs, stats)
+
+    def _width(self) -> int:
+        """How many tokens to draft for each sequence that leaves it to the controller."""
+        batch = sum(sequence.adaptive and sequence.decoding for sequence in self._scheduler.running)
+        return self._controller.width(batch) if self._controller and batch else 0
+
+    def _inform_controller(self, schedule: Schedule, width: int, stats: StepStats) -> None:
+        """Show what a step took if it was all of one kind: drafts of that width, and nothing else."""
+        if self._controller and all(work.sequence.adaptive and work.lookahead == width for work in schedule.work):
+            seconds = stats.draft_seconds + stats.verify_seconds
+            if seconds and not stats.prefill_seconds:
+                self._controller.observe(len(schedule.work), width, seconds, stats.accepted_per_step)
 
     def check(self) -> None:
         """Raise AssertionError unless the blocks' books balance; when idle, none may be held."""
@@ -204,6 +225,12 @@ class Engine:
                     assert len(proposal) <= schedule.work[place].lookahead
                     drafts[place] = proposal
         return drafts
+
+    def _default_width(self, drafter: str) -> int:
+        """The most tokens to draft for a request that does not say."""
+        if drafter == S3DDrafter.name and self._controller:
+            return self._controller.most
+        return DEFAULT_SPECULATIVE_TOKENS
 
     def _taps(self) -> set[int]:
         return {layer for d in self.drafters.values() if isinstance(d, Observer) for layer in d.taps}
@@ -380,7 +407,9 @@ class Engine:
             eos_token_ids=list(checkpoint.eos_token_ids),
             drafter=self._default_drafter,
             drafters=list(self.drafters),
-            num_speculative_tokens=self._config.num_speculative_tokens,
+            num_speculative_tokens=self._config.num_speculative_tokens
+            if self._config.num_speculative_tokens is not None
+            else self._default_width(self._default_drafter),
             max_speculative_tokens=MAX_SPECULATIVE_TOKENS,
             block_size=pool.block_size,
             num_blocks=pool.num_blocks,

@@ -89,8 +89,12 @@ class Scheduler:
             )
         self.waiting.append(sequence)
 
-    def schedule(self) -> Schedule:
-        """What the next step computes; blocks for all of it are held when this returns."""
+    def schedule(self, width: int = 0) -> Schedule:
+        """What the next step computes; blocks for all of it are held when this returns.
+
+        Args:
+            width: the most tokens to draft for each adaptive sequence.
+        """
         work: list[Work] = []
         rows = self._max_rows
         preempted = 0
@@ -100,7 +104,7 @@ class Scheduler:
             # One row is kept for each sequence behind, so nobody starves behind a long prompt.
             free_rows = rows - (len(self.running) - place - 1)
             known = min(_rows_left(sequence), free_rows)
-            lookahead = min(self._wanted_lookahead(sequence), free_rows - known)
+            lookahead = min(self._wanted_lookahead(sequence, width), free_rows - known)
             slots = sequence.computed + known + lookahead
             while not self._reserve(sequence, slots) and sequence in self.running:
                 self._preempt(self.running[-1])
@@ -179,11 +183,12 @@ class Scheduler:
     def _is_ahead(self, leader: Sequence) -> bool:
         return leader.finish_reason is None and not leader.prompt_computed
 
-    def _wanted_lookahead(self, sequence: Sequence) -> int:
+    def _wanted_lookahead(self, sequence: Sequence, width: int) -> int:
         """Drafts end one token before max_len: the verifier's own token is always the last."""
         if not sequence.decoding:
             return 0
-        return max(0, min(sequence.max_draft, sequence.max_len - len(sequence.tokens) - 1))
+        most = min(sequence.max_draft, width) if sequence.adaptive else sequence.max_draft
+        return max(0, min(most, sequence.max_len - len(sequence.tokens) - 1))
 
     def _slots_at_most(self, sequence: Sequence) -> int:
         # The last token of an output is never fed back, so it needs no slot.

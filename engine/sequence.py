@@ -22,6 +22,8 @@ class Sequence:
     drafter: str
     max_draft: int
     """The most tokens to draft in one step."""
+    adaptive: bool
+    """Whether each step's controller may draft fewer."""
     end_ids: frozenset[int]
     """Tokens that end the output: EOS ids (unless ignored) and stop ids."""
     tokens: list[int]

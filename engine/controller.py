@@ -1,0 +1,105 @@
+"""How many tokens to draft, none included, so that the step pays. Pure Python.
+
+Drafting g tokens for each of B sequences promises B * (1 + a_1 + ... + a_g) tokens, with a_j
+the share of drafts whose token j was accepted, and costs the time that such a step takes.
+Both are measured while serving: nothing is assumed about the machine. Output does not
+depend on any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+DECAY = 0.98
+"""What is left of an acceptance measured one draft ago. A text changes its character within a few lines."""
+TIME_SHARE = 0.2
+"""How far a new time moves its estimate; at most by a factor of 2, so that a hiccup does not."""
+PROBE_EVERY = 64
+"""Steps between two looks at the width that was not measured for the longest time."""
+MARGIN = 1.02
+"""Another width must promise this much more to be preferred to the last one."""
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+
+
+_Promise = Callable[[int], float]
+
+
+class Controller:
+    """Chooses the width of each step's drafts among WIDTHS up to `most`.
+
+    Times are kept by batch size, rounded up to a power of two; acceptance is pooled.
+
+    Attributes:
+        most: the widest it chooses.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._widths = [width for width in WIDTHS if width < most] + [most]
+        self._accepted = [0.0] * most
+        self._drafts = [0.0] * most
+        self._classes: dict[int, _BatchClass] = {}
+
+    def width(self, batch: int) -> int:
+        """The width for a step of `batch` sequences."""
+        known = self._classes.setdefault(_power_of_two(batch), _BatchClass(self._widths))
+        return known.choose(self._promise)
+
+    def observe(self, batch: int, width: int, seconds: float, accepted: Sequence[int]) -> None:
+        """What a step of that width took, and how many tokens of each sequence's draft were accepted."""
+        self._classes.setdefault(_power_of_two(batch), _BatchClass(self._widths)).time(width, seconds / batch)
+        for count in accepted:
+            for depth in range(min(width, len(self._drafts))):
+                self._drafts[depth] = self._drafts[depth] * DECAY + 1.0
+                self._accepted[depth] = self._accepted[depth] * DECAY + (depth < count)
+
+    def acceptance(self, depth: int) -> float:
+        """The share of recent drafts whose token at `depth` (from 0) was accepted; a half when nothing is known."""
+        return (self._accepted[depth] + 0.5) / (self._drafts[depth] + 1.0)
+
+    def _promise(self, width: int) -> float:
+        """Tokens per sequence and step. A token is accepted no more often than the one before it."""
+        total = least = 1.0
+        for depth in range(width):
+            least = min(least, self.acceptance(depth))
+            total += least
+        return total
+
+
+class _BatchClass:
+    """Times of steps of about one batch size, by width."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        self._seconds: dict[int, float] = {}
+        # Widest first: it shows the acceptance at every depth. Twice: the first time of anything may be slow.
+        self._unmeasured = sorted([*widths, *widths])
+        self._age = dict.fromkeys(widths, 0)
+        self._steps = 0
+        self._last = widths[-1]
+
+    def choose(self, promise: _Promise) -> int:
+        self._steps += 1
+        if self._unmeasured:
+            return self._unmeasured[-1]
+        if self._steps % PROBE_EVERY == 0:
+            return min(self._age, key=lambda width: self._age[width])
+        rates = {width: promise(width) / seconds for width, seconds in self._seconds.items()}
+        best = max(rates, key=lambda width: rates[width])
+        if rates[best] > MARGIN * rates[self._last]:
+            self._last = best
+        return self._last
+
+    def time(self, width: int, seconds: float) -> None:
+        if width not in self._age:
+            return
+        self._age[width] = self._steps
+        old = self._seconds.get(width, seconds)
+        if width in self._unmeasured:
+            self._unmeasured.remove(width)
+            self._seconds[width] = min(old, seconds)
+            return
+        self._seconds[width] = old + TIME_SHARE * (min(max(seconds, old / 2), old * 2) - old)
+
+
+def _power_of_two(batch: int) -> int:
+    return 1 << max(0, batch - 1).bit_length()
