@@ -93,10 +93,16 @@ class Settings(BaseModel):
     )
     drafter: str = Field(
         default=_ENGINE_DEFAULTS.drafter,
-        description="what proposes tokens ahead: ngram, or none; a request may name another",
+        description="what proposes tokens ahead: s3d, ngram or none; a request may name another; auto takes s3d where "
+        "there is an adapter, else ngram",
     )
-    num_speculative_tokens: int = Field(
-        default=_ENGINE_DEFAULTS.num_speculative_tokens, description="most tokens drafted per step and sequence"
+    adapter: str | None = Field(
+        default=_ENGINE_DEFAULTS.adapter,
+        description="folder of an adapter for the drafter s3d; unset: the folder s3d in the model's, if there is one",
+    )
+    num_speculative_tokens: int | None = Field(
+        default=_ENGINE_DEFAULTS.num_speculative_tokens,
+        description="tokens drafted per step and sequence; unset: s3d drafts as many as pay, another drafter 4",
     )
     num_threads: int | None = Field(
         default=_ENGINE_DEFAULTS.num_threads,
