@@ -30,5 +30,9 @@ class AdapterError(SkippyError):
     """An adapter folder is missing, truncated, damaged or made for another shape of model."""
 
 
+class TrainingError(SkippyError):
+    """A training cannot go on; what it saved last is kept."""
+
+
 class EngineDead(SkippyError):
     """The engine process is gone; no request can be served any more."""

@@ -9,56 +9,72 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from skippy.engine.engine import Engine
+from skippy.engine.errors import EngineDead
 from skippy.engine.types import Request, SamplingParams
 
 TEMPERATURES = (0.0, 0.0, 0.8, 1.0)
 """Of the continuations, in turn. A drafter is judged on greedy text as on sampled text."""
 AT_ONCE = 64
+SHORTEST_OPENING = 8
+"""Tokens that the model writes of an opening of its own, at least; half of the length at most."""
 GRAM = 13
 """Words in a row that a training text must not share with an evaluation text (arXiv 2005.14165, appendix C)."""
 
 Progress = Callable[[int], None]
 
 
-def generate_sequences(
-    engine: Engine, prompts: Sequence[Sequence[int]], count: int, length: int, seed: int, progress: Progress
-) -> list[list[int]]:
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A training text: `tokens[start:]` was chosen by the model at `temperature` under `seed`."""
+
+    tokens: list[int]
+    start: int
+    temperature: float
+    seed: int
+
+
+def generate_samples(
+    engine: Engine, prompts: Iterable[Sequence[int]], count: int, length: int, seed: int, progress: Progress
+) -> list[Sample]:
     """`count` sequences of `length` tokens, the same ones for the same arguments.
 
     Args:
-        prompts: openings for half of the sequences, cut to half of `length`; without any,
-            the model writes every opening.
+        prompts: openings for up to half of the sequences, cut to half of `length`. Each is
+            used once, so that no sequence is there twice.
         progress: told now and then how many sequences are done.
     """
     chooser = random.Random(seed)
-    openings: list[tuple[int, ...]] = []
-    for index in range(count):
-        if prompts and index % 2:
-            openings.append(tuple(chooser.choice(prompts)[: length // 2]))
-        else:
-            openings.append((_first_token(engine, chooser),))
-    free = [chooser.randrange(8, length // 2) if len(opening) == 1 else 0 for opening in openings]
-    begun = _continue(
+    openings: list[list[int]] = [[] for _ in range(count)]
+    odd = range(1, count, 2)
+    given = list(dict.fromkeys(tuple(prompt[: length // 2]) for prompt in prompts))
+    used = min(len(given), len(odd))
+    for place, prompt in zip(chooser.sample(odd, used), chooser.sample(given, used), strict=True):
+        openings[place] = list(prompt)
+    free: dict[int, Request] = {}
+    for place, opening in enumerate(openings):
+        if not opening:
+            opening.append(_first_token(engine, chooser))
+            extra = chooser.randint(SHORTEST_OPENING, max(SHORTEST_OPENING, length // 2 - 1))
+            free[place] = _request(place, opening, extra, 1.0, chooser.getrandbits(62))
+    for place, written in _write(engine, free.values(), lambda _: None).items():
+        openings[place] += written
+    seeds = [chooser.getrandbits(62) for _ in openings]
+    temperatures = [TEMPERATURES[place // 2 % len(TEMPERATURES)] for place in range(count)]
+    continued = _write(
         engine,
         [
-            Request(str(i), opening, _params(extra, 1.0, seed + i))
-            for i, (opening, extra) in enumerate(zip(openings, free, strict=True))
-            if extra
-        ],
-        lambda _: None,
-    )
-    starts = [[*opening, *begun.get(str(i), ())] for i, opening in enumerate(openings)]
-    written = _continue(
-        engine,
-        [
-            Request(str(i), tuple(start), _params(length - len(start), TEMPERATURES[i // 2 % 4], seed + count + i))
-            for i, start in enumerate(starts)
+            _request(place, opening, length - len(opening), temperatures[place], seeds[place])
+            for place, opening in enumerate(openings)
         ],
         progress,
     )
-    return [start + written[str(i)] for i, start in enumerate(starts)]
+    return [
+        Sample(opening + continued[place], len(opening), temperatures[place], seeds[place])
+        for place, opening in enumerate(openings)
+    ]
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
@@ -67,34 +83,37 @@ def grams(text: str) -> set[tuple[str, ...]]:
     return set(zip(*(words[i:] for i in range(GRAM)), strict=False))
 
 
-def without_overlap(sequences: Iterable[tuple[list[int], str]], excluded: Iterable[str]) -> list[list[int]]:
-    """Those sequences whose text shares no GRAM words in a row with any excluded text."""
+def without_overlap(
+    samples: Iterable[Sample], decode: Callable[[list[int]], str], excluded: Iterable[str]
+) -> list[Sample]:
+    """Those samples whose text shares no GRAM words in a row with any excluded text."""
     banned = set().union(*(grams(text) for text in excluded))
-    return [tokens for tokens, text in sequences if not grams(text) & banned]
+    return [sample for sample in samples if not grams(decode(sample.tokens)) & banned]
 
 
 def _first_token(engine: Engine, chooser: random.Random) -> int:
     begin = engine.info.bos_token_id
-    if begin is None:
-        return chooser.randrange(engine.info.vocab_size)
-    return begin
+    return chooser.randrange(engine.info.vocab_size) if begin is None else begin
 
 
-def _params(max_tokens: int, temperature: float, seed: int) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, ignore_eos=True)
+def _request(place: int, opening: Sequence[int], count: int, temperature: float, seed: int) -> Request:
+    params = SamplingParams(max_tokens=count, temperature=temperature, seed=seed, ignore_eos=True)
+    return Request(str(place), tuple(opening), params)
 
 
-def _continue(engine: Engine, requests: list[Request], progress: Progress) -> dict[str, list[int]]:
-    written: dict[str, list[int]] = {request.request_id: [] for request in requests}
-    waiting, live, done = requests[::-1], 0, 0
+def _write(engine: Engine, requests: Iterable[Request], progress: Progress) -> dict[int, list[int]]:
+    """What the engine writes for each request, by its place."""
+    waiting = list(requests)[::-1]
+    written: dict[int, list[int]] = {int(request.request_id): [] for request in waiting}
+    live = done = 0
     while waiting or live:
         while waiting and live < AT_ONCE:
             engine.add(waiting.pop())
             live += 1
         for output in engine.step().outputs:
             if output.error is not None:
-                raise RuntimeError(output.error)
-            written[output.request_id] += output.token_ids
+                raise EngineDead(output.error)
+            written[int(output.request_id)] += output.token_ids
             if output.finish_reason is not None:
                 live, done = live - 1, done + 1
                 progress(done)

@@ -7,7 +7,7 @@ the teacher's keys and values of what precedes the anchor, and one another.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +31,13 @@ class Teaching:
 @torch.no_grad()
 def teach(model: CausalLM, adapter: S3DAdapter, tokens: Tensor) -> Teaching:
     """Run the plain model. tokens [B, T] int64."""
-    batch, length = tokens.shape
-    attend = _CausalAttention(model, batch, length, set(adapter.kept))
+    shape = batch, length = tokens.shape
+    attend = _CausalAttention(batch, length, set(adapter.kept))
     start, end = adapter.config.skip_start, adapter.config.skip_end
-    hidden, taps = model(_token_batch(tokens, torch.arange(length).repeat(batch)), full_plan(model.config), attend,
-                         taps={start, end})
+    positions = torch.arange(length, device=tokens.device).repeat(batch)
+    hidden, taps = model(_token_batch(tokens, positions), full_plan(model.config), attend, taps={start, end})
     context = torch.stack((taps[end] - taps[start], hidden), 1)
-    return Teaching(tokens, attend.cached, context.unflatten(0, (batch, length)), hidden.unflatten(0, (batch, length)))
+    return Teaching(tokens, attend.cached, context.view(*shape, 2, -1), hidden.view(*shape, -1))
 
 
 def draft_rows(model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors: Tensor) -> Tensor:
@@ -48,62 +48,72 @@ def draft_rows(model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors
     width = adapter.config.num_speculative_tokens
     batch, count = anchors.shape
     newest = teaching.tokens.gather(1, anchors)
-    masks = torch.tensor(adapter.mask_ids(width - 1), dtype=torch.int64).expand(batch, count, -1)
-    tokens = torch.cat((newest[:, :, None], masks), -1)
-    positions = anchors[:, :, None] + torch.arange(width)
-    before = (anchors - 1)[:, :, None, None].expand(-1, -1, 2, teaching.context.shape[-1])
-    context = teaching.context.gather(1, before).repeat_interleave(width, 1).flatten(0, 1)
-    attend = _AnchorAttention(model, teaching, anchors, width)
+    masks = torch.tensor(adapter.mask_ids(width - 1), dtype=torch.int64, device=anchors.device)
+    tokens = torch.cat((newest[:, :, None], masks.expand(batch, count, -1)), -1)
+    positions = anchors[:, :, None] + torch.arange(width, device=anchors.device)
+    sequence = torch.arange(batch, device=anchors.device)[:, None]
+    context = teaching.context[sequence, anchors - 1].repeat_interleave(width, 1).flatten(0, 1)
+    attend = _AnchorAttention(teaching, anchors, width)
     plan = skipping_plan(model.config, adapter.config.skip_start, adapter.config.skip_end)
-    hidden, _ = model(_token_batch(tokens, positions.flatten()), plan, attend, adapter.bind(context))
+    hidden: Tensor = model(_token_batch(tokens, positions.flatten()), plan, attend, adapter.bind(context))[0]
     return hidden.view(batch, count, width, -1)
 
 
 def _token_batch(tokens: Tensor, positions: Tensor) -> TokenBatch:
-    nothing = torch.empty(0, dtype=torch.int64)
+    nothing = positions.new_empty(0)
     return TokenBatch(tokens.flatten(), positions, slots=nothing, segments=[], logit_rows=nothing)
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """queries [B, R, heads, D]; keys, values [B, S, kv_heads, D]; mask [B or 1, R, S] to [B * R, heads * D]."""
-    batch, rows, heads, dim = queries.shape
-    group = heads // keys.shape[2]
-    folded = queries.reshape(batch, rows * group, -1, dim).transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        folded, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=mask.repeat_interleave(group, 1)[:, None]
-    )
-    return out.transpose(1, 2).reshape(batch * rows, heads * dim)
 
 
 class _CausalAttention:
     """Of the teacher: causal within each sequence. Keeps the keys and values of some layers."""
 
-    def __init__(self, model: CausalLM, batch: int, length: int, keep: set[int]) -> None:
+    def __init__(self, batch: int, length: int, keep: set[int]) -> None:
         self.cached: dict[int, Tensor] = {}
         self._shape = (batch, length)
         self._keep = keep
-        self._mask = torch.ones(1, length, length, dtype=torch.bool).tril()
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
-        keys_values = keys_values.unflatten(0, self._shape)
+        keys_values = keys_values.view(*self._shape, *keys_values.shape[1:])
         if layer in self._keep:
             self.cached[layer] = keys_values
-        keys, values = keys_values.chunk(2, 2)
-        return _attend(queries.unflatten(0, self._shape), keys, values, self._mask)
+        queries = queries.view(*self._shape, *queries.shape[1:]).transpose(1, 2)
+        keys, values = keys_values.transpose(1, 2).chunk(2, 1)
+        group = queries.shape[1] // keys.shape[1]  # query head h reads KV head h % kv_heads
+        out = F.scaled_dot_product_attention(
+            queries, keys.repeat(1, group, 1, 1), values.repeat(1, group, 1, 1), is_causal=True
+        )
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class _AnchorAttention:
-    """Of draft rows: to what precedes their anchor, and causally to the rows of the same anchor."""
+    """Of draft rows: to what precedes their anchor, and causally to the rows of the same anchor.
 
-    def __init__(self, model: CausalLM, teaching: Teaching, anchors: Tensor, width: int) -> None:
+    Written out, because a fused attention would take a mask over all pairs of anchors too,
+    and be three times as slow.
+    """
+
+    def __init__(self, teaching: Teaching, anchors: Tensor, width: int) -> None:
         self._teaching = teaching
-        self._shape = (len(anchors), anchors.shape[1] * width)
-        before = torch.arange(teaching.tokens.shape[1]) < anchors.repeat_interleave(width, 1)[:, :, None]
-        anchor = torch.arange(anchors.shape[1]).repeat_interleave(width)
-        own = (anchor[:, None] == anchor) & torch.ones(len(anchor), len(anchor), dtype=torch.bool).tril()
-        self._mask = torch.cat((before, own.expand(len(anchors), -1, -1)), -1)
+        self._shape = (*anchors.shape, width)
+        device, length = anchors.device, teaching.tokens.shape[1]
+        before = torch.arange(length, device=device) < anchors[:, :, None]
+        self._hidden_past = ~before[:, None, :, None, None]  # [B, 1, A, 1, 1, T]
+        self._hidden_rows = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
-        rows = keys_values.unflatten(0, self._shape)
-        keys, values = torch.cat((self._teaching.keys_values[layer], rows), 1).chunk(2, 2)
-        return _attend(queries.unflatten(0, self._shape), keys, values, self._mask)
+        batch, count, width = self._shape
+        past_keys, past_values = self._teaching.keys_values[layer].transpose(1, 2).chunk(2, 1)  # [B, kv_heads, T, D]
+        kv_heads, length, dim = past_keys.shape[1:]
+        group = queries.shape[1] // kv_heads
+        # [B, kv_heads, A, group, G, D]
+        asking = (queries * dim**-0.5).view(batch, count, width, group, kv_heads, dim).permute(0, 4, 1, 3, 2, 5)
+        # [B, kv_heads, A, 1, G, D]
+        own = keys_values.view(batch, count, width, 2 * kv_heads, dim).permute(0, 3, 1, 2, 4)[:, :, :, None]
+        own_keys, own_values = own.chunk(2, 1)
+        to_past = asking.flatten(2, 4) @ past_keys.transpose(-1, -2)
+        to_past = to_past.view(*asking.shape[:-1], length).masked_fill(self._hidden_past, float("-inf"))
+        to_own = (asking @ own_keys.transpose(-1, -2)).masked_fill(self._hidden_rows, float("-inf"))
+        weights = torch.cat((to_past, to_own), -1).softmax(-1)
+        out = (weights[..., :length].flatten(2, 4) @ past_values).view(asking.shape)
+        out = out + weights[..., length:] @ own_values
+        return out.permute(0, 2, 4, 3, 1, 5).reshape(batch * count * width, -1)

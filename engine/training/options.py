@@ -1,0 +1,138 @@
+"""What a training is told, once: the command line only fills it in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from skippy.engine.adapter import AdapterConfig, S3DAdapter, part_shapes
+from skippy.engine.errors import ConfigError
+from skippy.engine.model import ModelConfig
+
+LARGEST_SHARE, SMALLEST_SHARE = 0.1, 0.01
+SMALL_BASE = 10_000_000
+"""Parameters of a base whose adapter may have LARGEST_SHARE of its bytes; it falls with the square root."""
+SCALES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """How an adapter is trained. None lets the base decide (see `adapter_config`).
+
+    Attributes:
+        data: JSONL file of prompts, read with `read_prompts`; every one opens at most one sequence.
+        exclude: JSONL file of evaluation texts that no training text may overlap with.
+        sequences, length: the training text, in sequences of `length` tokens.
+        batch_size, anchors: sequences per step, and places in each of them that are drafted from.
+        tv_share: the share of total variation in the loss, once the first quarter is over; the rest is KL.
+        skip_start, skip_end, num_speculative_tokens, lora_rank, head_size, bridge_rank, recurrent:
+            see `AdapterConfig`.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    data: str | None = None
+    exclude: str | None = None
+    steps: int = 2000
+    sequences: int = 2048
+    length: int = 320
+    batch_size: int = 8
+    anchors: int = 48
+    learning_rate: float = 2e-3
+    tv_share: float = 0.7
+    seed: int = 0
+    num_speculative_tokens: int = 6
+    skip_start: int | None = None
+    skip_end: int | None = None
+    lora_rank: int | None = None
+    head_size: int | None = None
+    bridge_rank: int | None = None
+    recurrent: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences", "batch_size", "anchors"):
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ConfigError(f"{name} must be at least 1 and below 2147483648, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed}.")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate must be above 0, got {self.learning_rate}.")
+        if not 0.0 <= self.tv_share <= 1.0:
+            raise ConfigError(f"tv_share must be between 0 and 1, got {self.tv_share}.")
+        if self.anchors > self.length - self.num_speculative_tokens:
+            raise ConfigError(
+                f"length {self.length} has no room for {self.anchors} anchors and {self.num_speculative_tokens} tokens "
+                "behind the last of them: raise length or lower anchors."
+            )
+
+    def adapter_config(self, base: ModelConfig, weight_bytes: int) -> AdapterConfig:
+        """The shape of the adapter to train, with everything left open decided.
+
+        Args:
+            weight_bytes: of the base's weight files.
+
+        Raises:
+            ConfigError: an adapter of this shape does not fit the base.
+        """
+        start, end = default_band(base.num_hidden_layers)
+        start = start if self.skip_start is None else self.skip_start
+        end = end if self.skip_end is None else self.skip_end
+
+        def shaped(scale: int) -> AdapterConfig:
+            lora_rank, head_size, bridge_rank = default_sizes(base.hidden_size, scale)
+            return AdapterConfig(
+                skip_start=start,
+                skip_end=end,
+                num_speculative_tokens=self.num_speculative_tokens,
+                lora_rank=lora_rank if self.lora_rank is None else self.lora_rank,
+                head_size=head_size if self.head_size is None else self.head_size,
+                bridge_rank=bridge_rank if self.bridge_rank is None else self.bridge_rank,
+                recurrent=self.recurrent,
+            )
+
+        try:
+            shaped(1).check(base)
+        except ValueError as error:
+            raise ConfigError(f"no such adapter fits the model: {error}.") from error
+        budget = adapter_budget(base, weight_bytes)
+        for scale in range(SCALES, 1, -1):
+            if _num_numbers(shaped(scale), base) <= budget:
+                return shaped(scale)
+        return shaped(1)
+
+
+def default_band(layers: int) -> tuple[int, int]:
+    """The layers to skip, [start, end): all but about a fifth at either side, of two at the beginning at least."""
+    end = layers - max(1, round(layers / 5))
+    return max(0, min(max(2, round(layers / 5)), end - 1)), end
+
+
+def default_sizes(hidden_size: int, scale: int) -> tuple[int, int, int]:
+    """LoRA rank, head size and bridge rank, of proportions that worked; scale is in 1/SCALES."""
+    share = scale / SCALES
+    head = 8 * round(1.5 * hidden_size * share / 8)
+    return max(1, round(hidden_size * share / 16)), max(8, head), max(1, round(hidden_size * share / 4))
+
+
+def adapter_budget(base: ModelConfig, weight_bytes: int) -> int:
+    """The most numbers that an adapter should hold, stored as float16.
+
+    A tenth of the base's bytes for a small one, a hundredth from a billion parameters on.
+    """
+    parameters = _num_parameters(base)
+    share = max(SMALLEST_SHARE, LARGEST_SHARE * min(1.0, SMALL_BASE / parameters) ** 0.5)
+    return int(weight_bytes * share / 2)
+
+
+def _num_parameters(base: ModelConfig) -> int:
+    matrices = sum(rows * columns for rows, columns in part_shapes(base).values())
+    embeddings = base.vocab_size * base.hidden_size * (1 if base.tie_word_embeddings else 2)
+    return base.num_hidden_layers * matrices + embeddings
+
+
+def _num_numbers(config: AdapterConfig, base: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in S3DAdapter(config, base).parameters())
