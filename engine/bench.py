@@ -1,39 +1,79 @@
-"""Drafters side by side on the same prompts: the same tokens, in how much time.
+"""Drafters side by side on the same prompts: the same tokens, in how much time and memory.
 
-Every (batch size, drafter) pair is run `repeat` times, in turn, after a warm-up, and the
-median counts. The last line of the output is JSON.
+A plan is a drafter and how many tokens it drafts per step. Every (batch size, plan) pair is
+run `repeat` times, in turn, after a warm-up of every plan; medians count for times, sums for
+counts. The last line of the output is JSON.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+import re
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from skippy.engine.adapter_files import BESIDE_MODEL
 from skippy.engine.config import EngineConfig
+from skippy.engine.drafters.ngram import NgramDrafter
+from skippy.engine.drafters.none import NoDrafter
+from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError
+from skippy.engine.memory import peak_bytes, reset_peak
 from skippy.engine.prompts import read_prompts
 from skippy.engine.tokenizer import Tokenizer
-from skippy.engine.types import Request, SamplingParams, StepStats
+from skippy.engine.types import DraftCounts, Request, SamplingParams, StepOutput
+from skippy.engine.weights import weight_files
 
 LOOPING_BELOW = 0.8
 """An output whose share of distinct 4-grams is below this one repeats itself."""
+WARM_UP_TOKENS = 16
+DEFAULT_DRAFTERS = (NoDrafter.name, NgramDrafter.name, S3DDrafter.name)
+"""Of these, those that the engine has."""
+
+Row = dict[str, Any]
+
+COLUMNS: tuple[tuple[str, int, str, Callable[[Row], Any]], ...] = (
+    # (title, width, format, value; None prints as a dash)
+    ("batch", 5, "d", lambda row: row["batch_size"]),
+    ("drafter", 8, "s", lambda row: row["plan"]),
+    ("tokens/s", 8, ".1f", lambda row: row["tokens_per_second"]),
+    ("ratio", 5, ".2f", lambda row: row["ratio"]),
+    ("tok/step", 8, ".2f", lambda row: row["tokens_per_step"]),
+    ("loop", 4, ".2f", lambda row: row["looping_share"]),
+    ("looping", 7, ".2f", lambda row: row["tokens_per_step_looping"]),
+    ("others", 6, ".2f", lambda row: row["tokens_per_step_not_looping"]),
+    ("accepted", 8, ".2f", lambda row: row["acceptance"]),
+    ("draft ms", 8, ".2f", lambda row: row["draft_ms"]),
+    ("verify ms", 9, ".2f", lambda row: row["verify_ms"]),
+    ("peak MiB", 8, ".0f", lambda row: row["peak_memory_bytes"] / 2**20),
+    ("KV blocks", 9, "d", lambda row: row["kv_blocks_peak"]),
+    ("accepted by depth", 0, "s", lambda row: " ".join(f"{p:.2f}" for p in row["acceptance_by_depth_where_drafted"])),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """`prompts` is JSONL with a "prompt" string or a list "turns" per line; `limit` takes the first so many."""
+    """`prompts` is JSONL with a "prompt" string or a list "turns" per line; `limit` takes the first so many.
+
+    Attributes:
+        drafters: plans as `DraftPlan.parse` reads them; None takes every drafter of DEFAULT_DRAFTERS that there is.
+        plot: a PNG file to draw the figures into.
+    """
 
     prompts: str
-    drafters: tuple[str, ...] = ("none", "ngram")
+    drafters: tuple[str, ...] | None = None
     batch_sizes: tuple[int, ...] = (1, 4, 16)
     max_tokens: int = 128
     temperature: float = 0.0
@@ -41,120 +81,221 @@ class BenchOptions:
     seed: int = 0
     limit: int | None = None
     repeat: int = 3
+    plot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """A drafter, and how many tokens it drafts per step; None leaves the number to the engine."""
+
+    drafter: str
+    num_speculative_tokens: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DraftPlan:
+        """DRAFTER or DRAFTER:G.
+
+        Raises:
+            ConfigError: it is neither, G is below 1, or the drafter drafts nothing and has one.
+        """
+        found = re.fullmatch(r"([^:]+)(?::([1-9][0-9]{0,5}))?", text)
+        if found is None:
+            raise ConfigError(f"--drafters: expected DRAFTER or DRAFTER:G with a G of at least 1, got {text!r}.")
+        if found[1] == NoDrafter.name and found[2]:
+            raise ConfigError(f"--drafters: {text!r} cannot be, {NoDrafter.name} drafts nothing.")
+        return cls(found[1], int(found[2]) if found[2] else None)
+
+    def __str__(self) -> str:
+        return self.drafter + (f":{self.num_speculative_tokens}" if self.num_speculative_tokens else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One pass over all prompts. Tokens per step are counted along the decode."""
+    """One pass over all prompts. Tokens per step are counted along the decode.
+
+    Attributes:
+        seconds: wall-clock, prompts included.
+        steps: rows that chose a token.
+        drafts: drafts that were verified; drafts_by_depth counts those of more than j tokens,
+            accepted_by_depth those whose token j was accepted.
+        draft_passes, verify_passes: steps that drafted, and those that carried no prompt.
+        counts: of each output.
+        peak_memory_bytes: see `peak_bytes`.
+        kv_blocks_peak: the most blocks held at the end of a step.
+    """
 
     seconds: float
     tokens: int
     steps: int
-    drafted: int
-    accepted: int
-    accepted_per_pos: list[int]
     drafts: int
+    drafts_by_depth: list[int]
+    accepted_by_depth: list[int]
     draft_seconds: float
+    draft_passes: int
     verify_seconds: float
-    passes: int
+    verify_passes: int
     outputs: list[list[int]]
-    steps_of: list[int]
-    """Verify steps of each output."""
+    counts: list[DraftCounts]
+    peak_memory_bytes: int
+    kv_blocks_peak: int
+
+
+# --- the command ------------------------------------------------------------------------------------------------
 
 
 def run_bench(config: EngineConfig, options: BenchOptions) -> int:
-    """Print a table and a JSON line; 1 if any drafter's tokens differ from the first one's, else 0.
+    """Print a table and a JSON line; 1 if any plan's tokens differ from the first one's, else 0.
 
     Raises:
-        ConfigError: the prompts cannot be read, or a drafter is unknown.
+        ConfigError: the prompts cannot be read, a plan cannot be, or a plot cannot be drawn.
         CheckpointError: the model cannot be loaded.
     """
+    plot = _plotter(options.plot)
+    plans = [DraftPlan.parse(text) for text in options.drafters or ()]
     # A cached prompt would make every run but the first look faster.
     engine = Engine(
         replace(config, enable_prefix_caching=False, max_num_seqs=max(config.max_num_seqs, *options.batch_sizes))
     )
-    unknown = sorted(set(options.drafters) - set(engine.info.drafters))
-    if unknown:
-        raise ConfigError(f"There is no drafter {unknown[0]!r}; there are: {', '.join(engine.info.drafters)}.")
+    plans = plans or [DraftPlan(name) for name in DEFAULT_DRAFTERS if name in engine.drafters]
+    _check_plans(plans, engine)
+    options = replace(options, drafters=tuple(map(str, plans)))
     prompts = _read_prompts(engine, options)
-    _print(f"{len(prompts)} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
-    _print(f"{'batch':>5} {'drafter':>8} {'tokens/s':>9} {'ratio':>6} {'tok/step':>8} {'accepted':>8} {'pass ms':>8}")
-    rows: list[dict[str, Any]] = []
-    differing = 0
+    hashes = _hashes(config, engine)
+    _print_head(engine, len(prompts), options)
+    rows: list[Row] = []
     for batch_size in options.batch_sizes:
-        runs = _runs(engine, prompts, batch_size, options)
-        base = runs[options.drafters[0]]
-        for drafter in options.drafters:
-            row = _row(drafter, batch_size, runs[drafter], base)
-            wrong = sum(a != b for a, b in zip(runs[drafter][0].outputs, base[0].outputs, strict=True))
-            differing += wrong
-            rows.append({**row, "differing_outputs": wrong})
-            _print(
-                f"{batch_size:>5} {drafter:>8} {row['tokens_per_second']:>9.1f} {row['ratio']:>6.2f} "
-                f"{row['tokens_per_step']:>8.2f} {row['acceptance']:>8.2f} {row['pass_ms']:>8.2f}"
-            )
-    looping = [is_looping(output) for output in base[0].outputs]
-    _print(f"{differing} outputs differ from those of {options.drafters[0]}")
-    record = {
-        "bench": "drafters",
-        "options": asdict(options),
-        **describe_machine(engine),
-        "looping_share": sum(looping) / len(looping),
-        "differing_outputs": differing,
-        "rows": rows,
-    }
+        rows += _measure(engine, prompts, plans, batch_size, options)
+    record = _record(engine, rows, hashes, options)
+    _print_foot(record)
     _print(json.dumps(record))
-    return 1 if differing else 0
+    plot(record)
+    return 1 if record["differing_outputs"] else 0
+
+
+def _plotter(path: str | None) -> Callable[[Mapping[str, Any]], None]:
+    """Draws a record into a file, or does nothing without one.
+
+    Raises:
+        ConfigError: matplotlib or the file's folder is missing.
+    """
+    if path is None:
+        return lambda _: None
+    try:
+        from skippy.engine.plots import plot_bench
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'skippy-serve[plot]'.") from error
+    if not path.endswith(".png") or not Path(path).parent.is_dir():
+        raise ConfigError(f"--plot: expected a file FILE.png in a folder that exists, got {path!r}.")
+
+    def plot(record: Mapping[str, Any]) -> None:
+        try:
+            plot_bench(record, path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror or error}") from error
+
+    return plot
+
+
+def _check_plans(plans: SequenceOf[DraftPlan], engine: Engine) -> None:
+    for plan in plans:
+        if plan.drafter not in engine.drafters:
+            raise ConfigError(f"There is no drafter {plan.drafter!r}; there are: {', '.join(engine.drafters)}.")
+        if plans.count(plan) > 1:
+            raise ConfigError(f"--drafters: {plan} is there twice.")
+        drafter = engine.drafters[plan.drafter]
+        most = engine.info.max_speculative_tokens
+        if isinstance(drafter, S3DDrafter):
+            most = drafter.adapter.config.num_speculative_tokens
+        if (plan.num_speculative_tokens or 0) > most:
+            raise ConfigError(f"--drafters: {plan} asks for more than the {most} tokens that can be drafted at once.")
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
 
 
 def decode(
-    engine: Engine, prompts: list[tuple[int, ...]], drafter: str, batch_size: int, params: SamplingParams
+    engine: Engine,
+    prompts: SequenceOf[tuple[int, ...]],
+    drafter: str,
+    batch_size: int,
+    params: SamplingParams,
+    num_speculative_tokens: int | None = None,
 ) -> Run:
     """All prompts through the engine, `batch_size` at a time."""
-    stats: list[StepStats] = []
-    outputs: list[list[int]] = [[] for _ in prompts]
-    steps_of = [0] * len(prompts)
+    steps: list[StepOutput] = []
     waiting = list(range(len(prompts)))[::-1]
     live = 0
+    reset_peak(engine.info.device)
     start = time.perf_counter()
     while waiting or live:
         while waiting and live < batch_size:
             index = waiting.pop()
-            engine.add(Request(str(index), prompts[index], params, drafter=drafter))
+            engine.add(Request(str(index), prompts[index], params, 1, drafter, num_speculative_tokens))
             live += 1
         step = engine.step()
-        stats.append(step.stats)
+        steps.append(step)
         for output in step.outputs:
-            outputs[int(output.request_id)] += output.token_ids
-            steps_of[int(output.request_id)] = output.counts.steps
-            if output.finish_reason is not None:
-                if output.error is not None:
-                    raise RuntimeError(output.error)
-                live -= 1
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            live -= output.finish_reason is not None
     seconds = time.perf_counter() - start
-    per_position = [0] * max(len(s.accepted_per_pos) for s in stats)
-    for s in stats:
-        for place, count in enumerate(s.accepted_per_pos):
-            per_position[place] += count
+    return _tally(steps, len(prompts), seconds, peak_bytes(engine.info.device))
+
+
+def _tally(steps: SequenceOf[StepOutput], num_prompts: int, seconds: float, peak_memory_bytes: int) -> Run:
+    outputs: list[list[int]] = [[] for _ in range(num_prompts)]
+    counts = [DraftCounts() for _ in range(num_prompts)]
+    drafts: list[tuple[int, int]] = []  # (drafted, accepted) of each
+    for output in (output for step in steps for output in step.outputs):
+        index = int(output.request_id)
+        outputs[index] += output.token_ids
+        before, counts[index] = counts[index], output.counts
+        if output.counts.drafted > before.drafted:
+            drafts.append((output.counts.drafted - before.drafted, output.counts.accepted - before.accepted))
+    depths = range(max((drafted for drafted, _ in drafts), default=0))
+    stats = [step.stats for step in steps]
     return Run(
         seconds=seconds,
-        tokens=sum(s.generation_tokens for s in stats),
-        steps=sum(s.decode_sequences for s in stats),
-        drafted=sum(s.draft_tokens for s in stats),
-        accepted=sum(s.accepted_tokens for s in stats),
-        accepted_per_pos=per_position,
-        drafts=sum(s.drafts for s in stats),
+        tokens=sum(map(len, outputs)),
+        steps=sum(c.steps for c in counts),
+        drafts=len(drafts),
+        drafts_by_depth=[sum(drafted > depth for drafted, _ in drafts) for depth in depths],
+        accepted_by_depth=[sum(accepted > depth for _, accepted in drafts) for depth in depths],
         draft_seconds=sum(s.draft_seconds for s in stats),
+        draft_passes=sum(s.draft_seconds > 0 for s in stats),
         verify_seconds=sum(s.verify_seconds for s in stats),
-        passes=sum(s.verify_seconds > 0 for s in stats),
+        verify_passes=sum(s.verify_seconds > 0 for s in stats),
         outputs=outputs,
-        steps_of=steps_of,
+        counts=counts,
+        peak_memory_bytes=peak_memory_bytes,
+        kv_blocks_peak=max(s.kv_blocks_used for s in stats),
     )
 
 
+def _measure(
+    engine: Engine,
+    prompts: SequenceOf[tuple[int, ...]],
+    plans: SequenceOf[DraftPlan],
+    batch_size: int,
+    options: BenchOptions,
+) -> list[Row]:
+    """The rows of all plans at one batch size, printed."""
+    runs = _runs(engine, prompts, plans, batch_size, options)
+    base = runs[plans[0]]
+    rows = [_row(plan, batch_size, runs[plan], base) for plan in plans]
+    hold_against_ngram(rows)
+    for row in rows:
+        _print("  ".join(_cell(value(row), width, form) for _, width, form, value in COLUMNS).rstrip())
+    return rows
+
+
 def _runs(
-    engine: Engine, prompts: list[tuple[int, ...]], batch_size: int, options: BenchOptions
-) -> dict[str, list[Run]]:
+    engine: Engine,
+    prompts: SequenceOf[tuple[int, ...]],
+    plans: SequenceOf[DraftPlan],
+    batch_size: int,
+    options: BenchOptions,
+) -> dict[DraftPlan, list[Run]]:
     params = SamplingParams(
         max_tokens=options.max_tokens,
         temperature=options.temperature,
@@ -162,43 +303,106 @@ def _runs(
         seed=options.seed,
         ignore_eos=True,
     )
-    decode(engine, prompts[:batch_size], options.drafters[0], batch_size, replace(params, max_tokens=16))
-    runs: dict[str, list[Run]] = {drafter: [] for drafter in options.drafters}
+
+    def run(plan: DraftPlan, prompts: SequenceOf[tuple[int, ...]], params: SamplingParams) -> Run:
+        return decode(engine, prompts, plan.drafter, batch_size, params, plan.num_speculative_tokens)
+
+    for plan in plans:
+        run(plan, prompts[:batch_size], replace(params, max_tokens=min(WARM_UP_TOKENS, params.max_tokens)))
+    runs: dict[DraftPlan, list[Run]] = {plan: [] for plan in plans}
     for _ in range(options.repeat):
-        for drafter in options.drafters:
-            runs[drafter].append(decode(engine, prompts, drafter, batch_size, params))
+        for plan in plans:
+            runs[plan].append(run(plan, prompts, params))
     return runs
 
 
-def _row(drafter: str, batch_size: int, runs: list[Run], base: list[Run]) -> dict[str, Any]:
-    run = runs[0]  # counts are the same in every run
-    seconds = statistics.median(r.seconds for r in runs)
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def _row(plan: DraftPlan, batch_size: int, runs: SequenceOf[Run], base: SequenceOf[Run]) -> Row:
+    # Counts are sums over the turns: an engine that times its steps may draft differently in each.
+    drafts = sum(r.drafts for r in runs)
+    drafts_by_depth = _sums(r.drafts_by_depth for r in runs)
+    accepted_by_depth = _sums(r.accepted_by_depth for r in runs)
+    drafted = sum(drafts_by_depth)
+    looping = [is_looping(output) for output in runs[0].outputs]
     return {
-        "drafter": drafter,
+        "plan": str(plan),
+        "drafter": plan.drafter,
+        "num_speculative_tokens": plan.num_speculative_tokens,
         "batch_size": batch_size,
-        "tokens_per_second": run.tokens / seconds,
+        "tokens_per_second": runs[0].tokens / statistics.median(r.seconds for r in runs),
         # Neighbours in time share the machine's moods, so the ratio is the median of pairs.
         "ratio": statistics.median(b.seconds / r.seconds for r, b in zip(runs, base, strict=True)),
-        "tokens_per_step": run.tokens / run.steps,
-        "acceptance": run.accepted / run.drafted if run.drafted else 0.0,
-        "acceptance_by_depth": [count / run.drafts for count in run.accepted_per_pos],
-        "draft_ms": 1e3 * statistics.median(r.draft_seconds for r in runs) / max(1, run.passes),
-        "pass_ms": 1e3 * statistics.median(r.verify_seconds for r in runs) / max(1, run.passes),
-        "tokens_per_step_looping": _tokens_per_step(run, looping=True),
-        "tokens_per_step_not_looping": _tokens_per_step(run, looping=False),
+        "tokens_per_step": sum(r.tokens for r in runs) / sum(r.steps for r in runs),
+        "tokens_per_step_looping": _tokens_per_step(runs, looping=True),
+        "tokens_per_step_not_looping": _tokens_per_step(runs, looping=False),
+        "looping_share": sum(looping) / len(looping),
+        "acceptance": sum(accepted_by_depth) / drafted if drafted else 0.0,
+        "mean_draft_tokens": drafted / drafts if drafts else 0.0,
+        # Drafts may differ in width: what is not drafted cannot be accepted, so a deep share of all of them is small
+        # for either reason, and only the other one says how good a drafter is so deep.
+        "acceptance_by_depth_of_all_drafts": [accepted / drafts for accepted in accepted_by_depth],
+        "acceptance_by_depth_where_drafted": [a / d for a, d in zip(accepted_by_depth, drafts_by_depth, strict=True)],
+        "draft_ms": _median_ms((r.draft_seconds, r.draft_passes) for r in runs),
+        "verify_ms": _median_ms((r.verify_seconds, r.verify_passes) for r in runs),
+        "peak_memory_bytes": max(r.peak_memory_bytes for r in runs),
+        "kv_blocks_peak": max(r.kv_blocks_peak for r in runs),
+        "differing_outputs": _differing(runs, base),
     }
 
 
-def _tokens_per_step(run: Run, *, looping: bool) -> float | None:
+def hold_against_ngram(rows: SequenceOf[Row]) -> None:
+    """Add to rows of one batch size, for s3d, its tokens per step to ngram's, of outputs that do not loop.
+
+    Of several plans for ngram the best one counts. None for other drafters, and where there is nothing to compare.
+    """
+    name = "tokens_per_step_not_looping"
+    best = max((row[name] or 0.0 for row in rows if row["drafter"] == NgramDrafter.name), default=0.0)
+    for row in rows:
+        comparable = row["drafter"] == S3DDrafter.name and row[name] and best
+        row["not_looping_against_ngram"] = row[name] / best if comparable else None
+
+
+def _median_ms(seconds_and_passes: Iterable[tuple[float, int]]) -> float:
+    """Milliseconds per pass, 0 without any."""
+    return 1e3 * statistics.median(seconds / max(1, passes) for seconds, passes in seconds_and_passes)
+
+
+def _sums(lists: Iterable[list[int]]) -> list[int]:
+    """Sums place by place; what a shorter list lacks is 0."""
+    sums: list[int] = []
+    for counts in lists:
+        sums += [0] * (len(counts) - len(sums))
+        for place, count in enumerate(counts):
+            sums[place] += count
+    return sums
+
+
+def _differing(runs: SequenceOf[Run], base: SequenceOf[Run]) -> int:
+    """How many prompts have, in any turn, another output than in the base's first."""
+    turns = [zip(run.outputs, base[0].outputs, strict=True) for run in runs]
+    return sum(any(pairs) for pairs in zip(*([a != b for a, b in turn] for turn in turns), strict=True))
+
+
+def _tokens_per_step(runs: SequenceOf[Run], *, looping: bool) -> float | None:
     """Over the outputs that repeat themselves, or over the others; None if there are none."""
-    chosen = [i for i, output in enumerate(run.outputs) if is_looping(output) == looping]
-    return sum(len(run.outputs[i]) for i in chosen) / sum(run.steps_of[i] for i in chosen) if chosen else None
+    chosen = [
+        (len(output), counts.steps)
+        for run in runs
+        for output, counts in zip(run.outputs, run.counts, strict=True)
+        if is_looping(output) == looping
+    ]
+    return sum(tokens for tokens, _ in chosen) / sum(steps for _, steps in chosen) if chosen else None
 
 
-def is_looping(tokens: list[int]) -> bool:
+def is_looping(tokens: SequenceOf[int]) -> bool:
     """Whether an output repeats itself, judged by its distinct 4-grams."""
     grams = list(zip(*(tokens[i:] for i in range(4)), strict=False))
     return bool(grams) and len(set(grams)) / len(grams) < LOOPING_BELOW
+
+
+# --- what is measured, and on what ------------------------------------------------------------------------------
 
 
 def _read_prompts(engine: Engine, options: BenchOptions) -> list[tuple[int, ...]]:
@@ -214,6 +418,27 @@ def _read_prompts(engine: Engine, options: BenchOptions) -> list[tuple[int, ...]
     return fitting
 
 
+def _hashes(config: EngineConfig, engine: Engine) -> dict[str, str | None]:
+    """SHA-256 of the weights of the model, and of its adapter if it has one."""
+    folder = Path(engine.info.model_path)
+    beside = folder / BESIDE_MODEL if config.adapter is None else Path(config.adapter).expanduser()
+    adapter = [beside / "adapter.safetensors"] if S3DDrafter.name in engine.drafters else []
+    return {
+        "model_sha256": sha256_of(weight_files(folder)),
+        "adapter_sha256": sha256_of(adapter) if adapter else None,
+    }
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """Of the files one behind the other, so that one file's is what sha256sum says of it."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
 def describe_machine(engine: Engine) -> dict[str, Any]:
     """What a figure was measured on, for its record."""
     on_gpu = engine.info.device.startswith("cuda")
@@ -226,6 +451,47 @@ def describe_machine(engine: Engine) -> dict[str, Any]:
         "torch": version("torch"),
         "skippy": version("skippy-serve"),
     }
+
+
+def _record(
+    engine: Engine, rows: SequenceOf[Row], hashes: Mapping[str, str | None], options: BenchOptions
+) -> dict[str, Any]:
+    info = engine.info
+    return {
+        "bench": "drafters",
+        "model": info.model,
+        **hashes,
+        "options": asdict(options),
+        **describe_machine(engine),
+        "kv_bytes": info.kv_bytes,
+        "kv_blocks": info.num_blocks,
+        "kv_block_size": info.block_size,
+        "looping_share": rows[0]["looping_share"],
+        "differing_outputs": sum(row["differing_outputs"] for row in rows),
+        "rows": list(rows),
+    }
+
+
+def _print_head(engine: Engine, num_prompts: int, options: BenchOptions) -> None:
+    info = engine.info
+    _print(f"{num_prompts} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
+    _print(f"KV cache of {info.kv_bytes / 2**20:.0f} MiB: {info.num_blocks} blocks of {info.block_size} tokens")
+    _print("  ".join(title.rjust(width) for title, width, _, _ in COLUMNS))
+
+
+def _print_foot(record: Mapping[str, Any]) -> None:
+    for row in record["rows"]:
+        against = row["not_looping_against_ngram"]
+        if against is not None:
+            _print(
+                f"batch {row['batch_size']}: {row['plan']} makes {against:.2f} times the tokens per step of ngram on "
+                "outputs that do not loop"
+            )
+    _print(f"{record['differing_outputs']} outputs differ from those of {record['rows'][0]['plan']}")
+
+
+def _cell(value: Any, width: int, form: str) -> str:
+    return ("-" if value is None else format(value, form)).rjust(width)
 
 
 def _print(line: str) -> None:

@@ -139,9 +139,14 @@ _GENERATE_OPTIONS = (
     Option("ignore_eos", bool, "go on to max_tokens even where the model ends", default=False),
 )
 
+_DRAFTERS_HELP = (
+    "drafters to compare, with G tokens drafted per step, or as many as the engine chooses; all must emit the same "
+    "tokens (default: none,ngram and, where there is an adapter, s3d)"
+)
+
 _BENCH_OPTIONS = (
     Option("prompts", str, _PROMPTS_HELP, metavar="FILE", required=True),
-    Option("drafters", names, "drafters to compare; all must emit the same tokens", ("none", "ngram"), "NAME,..."),
+    Option("drafters", names, _DRAFTERS_HELP, metavar="DRAFTER[:G],..."),
     Option("batch_sizes", batch_sizes, "how many prompts run at the same time", (1, 4, 16), "N,..."),
     Option("max_tokens", positive, "tokens to generate for each prompt", 128),
     Option("temperature", float, "0 always takes the likeliest token", 0.0, "X"),
@@ -149,6 +154,7 @@ _BENCH_OPTIONS = (
     Option("seed", int, "seed of the first prompt", 0),
     Option("limit", positive, "take only the first N prompts"),
     Option("repeat", positive, "measure this often and take the median", 3),
+    Option("plot", str, "draw the figures; needs matplotlib, the extra skippy-serve[plot]", metavar="FILE.png"),
 )
 
 _VERIFY_OPTIONS = (
