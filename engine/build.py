@@ -36,6 +36,7 @@ def build(config: EngineConfig) -> Build:
 
     Raises:
         CheckpointError: the model cannot be loaded.
+        AdapterError: there is an adapter, but it is damaged or of another shape.
         ConfigError: the configuration cannot be met on this machine.
     """
     if config.num_threads is not None:
@@ -50,7 +51,9 @@ def build(config: EngineConfig) -> Build:
             f"max_model_len {wanted_len} exceeds the {shape.max_position_embeddings} positions of the model."
         )
     model = load_model(checkpoint, dtype, device, wanted_len)
-    tiling = model.pack(checkpoint.vocab_size)
+    adapter = find_adapter(checkpoint, config.adapter, dtype, device)
+    reads_head_rows = adapter is not None and adapter.head is not None and not shape.tie_word_embeddings
+    tiling = model.pack(checkpoint.vocab_size, keep_head_rows=reads_head_rows)
     block_bytes = (
         2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
     )
@@ -73,7 +76,6 @@ def build(config: EngineConfig) -> Build:
         device,
     )
     attention = SDPAAttention(pool, shape.num_attention_heads, max_model_len, shape.head_dim**-0.5)
-    adapter = find_adapter(checkpoint, config.adapter, dtype, device)
     return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len, adapter)
 
 

@@ -303,11 +303,12 @@ class CausalLM(nn.Module):
         tied = self.config.tie_word_embeddings
         return F.embedding(token_ids, self.model.embed_tokens.weight if tied else self.lm_head.weight)
 
-    def pack(self, vocab_size: int) -> Tiling:
+    def pack(self, vocab_size: int, *, keep_head_rows: bool = False) -> Tiling:
         """Lay the matrices out for inference; the module cannot be trained any more.
 
         Only the first `vocab_size` rows of the head are kept: a checkpoint may pad its
-        vocabulary, and a padded row must never be chosen. Returns the tiling of rows that
+        vocabulary, and a padded row must never be chosen. `head_rows` works afterwards if the
+        embeddings are the head, or with `keep_head_rows`. Returns the tiling of rows that
         batches must keep.
         """
         packed = []
@@ -320,6 +321,7 @@ class CausalLM(nn.Module):
             # There is no product of bfloat16 with a float32 result on CPU, so the head is widened.
             self._packed_head = RowLinear(head.float())
             packed.append(self._packed_head)
+        if self._packed_head is not None and not keep_head_rows:
             self.lm_head.weight = nn.Parameter(head.new_empty(0), requires_grad=False)
         else:
             self.lm_head.weight = nn.Parameter(head, requires_grad=False)

@@ -53,7 +53,18 @@ class S3DDrafter:
     @torch.inference_mode()
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         most = self.adapter.config.num_speculative_tokens
-        widths = [min(limit, most) for limit in limits]
+        # A step that failed half-way showed nothing of the sequences that it served.
+        known = [place for place, s in enumerate(sequences) if s in self._place]
+        proposals: list[list[int]] = [[] for _ in sequences]
+        if known:
+            widths = [min(limits[place], most) for place in known]
+            drafts = self._draft([sequences[place] for place in known], widths)
+            for place, width, draft in zip(known, widths, drafts.tolist(), strict=True):
+                proposals[place] = draft[:width]
+        return proposals
+
+    def _draft(self, sequences: SequenceOf[Sequence], widths: list[int]) -> Tensor:
+        """[B, widest] int64; what is beyond a sequence's width means nothing."""
         rows = [
             Rows([s.tokens[-1], *self.adapter.mask_ids(width - 1)], s.computed, s.table, width)
             for s, width in zip(sequences, widths, strict=True)
@@ -63,14 +74,13 @@ class S3DDrafter:
         of_row = [self._place[s] for s, width in zip(sequences, widths, strict=True) for _ in range(width)]
         context = self._context[to_device(of_row, device)]
         hidden, _ = self._runner.compute(rows, self._plan, self.adapter.bind(context))
-        drafts = draft_chain(
+        return draft_chain(
             self._runner.model,
             self.adapter,
             _by_sequence(hidden, widths),
             to_device([s.tokens[-1] for s in sequences], device),
             [Prospect(self._states[s], len(s.tokens)) for s in sequences],
-        ).tolist()
-        return [draft[:width] for draft, width in zip(drafts, widths, strict=True)]
+        )
 
 
 def _by_sequence(hidden: Tensor, widths: SequenceOf[int]) -> Tensor:
