@@ -8,6 +8,9 @@ band. The adapter adds to it, on those rows only:
     bridge   at the end of the band, what the skipped layers did one token ago
     head     a small recurrent net that ties the drafted tokens to one another
 
+In the fused variant there is no draft pass: masks ride in the verify pass, through every
+layer, behind each row that chooses a token. Those behind the last accepted row draft next.
+
 The rows of a draft are computed at once, so none knows which token the others will become.
 The head goes over them in order: it takes the row's hidden state and the token drafted
 before, and corrects the hidden state before it meets the model's final norm and head.
@@ -37,6 +40,7 @@ class AdapterConfig:
         skip_start, skip_end: the layers [skip_start, skip_end) are skipped.
         num_speculative_tokens: the most tokens one pass drafts, one per row.
         recurrent: whether the head hands a state from row to row.
+        fused: whether the rows ride in the verify pass, all of them masks; nothing is skipped then.
     """
 
     skip_start: int
@@ -46,6 +50,12 @@ class AdapterConfig:
     head_size: int
     bridge_rank: int
     recurrent: bool
+    fused: bool = False
+
+    @property
+    def num_masks(self) -> int:
+        """In a pass of its own a draft begins with the newest token, which needs no mask."""
+        return self.num_speculative_tokens - (not self.fused)
 
     def check(self, base: ModelConfig) -> None:
         """Raise ValueError unless an adapter of this shape fits a base."""
@@ -57,6 +67,10 @@ class AdapterConfig:
             raise ValueError(f"the skip band [{self.skip_start}, {self.skip_end}) leaves no layer of {layers}")
         if not 1 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
             raise ValueError(f"num_speculative_tokens is {self.num_speculative_tokens}")
+        if not isinstance(self.fused, bool):
+            raise ValueError(f"fused is {self.fused!r}")
+        if self.fused and (self.skip_start != self.skip_end or self.bridge_rank):
+            raise ValueError("a fused adapter skips no layer, so there is nothing to bridge either")
 
 
 def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -72,19 +86,17 @@ def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 class LowRank(nn.Module):
-    """x to B A x, zero at first. A [rank, in], B [out, rank]."""
+    """x to x A B, zero at first. A [in, rank], B [rank, out]."""
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, in_features) * in_features**-0.5)
-        self.b = nn.Parameter(torch.zeros(out_features, rank))
+        self.a = nn.Parameter(torch.randn(in_features, rank) * in_features**-0.5)
+        self.b = nn.Parameter(torch.zeros(rank, out_features))
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + B A x, in place where no gradient is wanted. x [N, in], y [N, out]."""
-        low = F.linear(x, self.a.to(x.dtype))
-        if torch.is_grad_enabled():
-            return torch.addmm(y, low, self.b.to(y.dtype).t())
-        return y.addmm_(low, self.b.to(y.dtype).t())
+        """y + x A B, in place where no gradient is wanted. x [N, in], y [N, out]."""
+        low, b = x @ self.a.to(x.dtype), self.b.to(x.dtype)
+        return torch.addmm(y, low, b) if torch.is_grad_enabled() else y.addmm_(low, b)
 
 
 class Bridge(nn.Module):
@@ -107,33 +119,37 @@ class Bridge(nn.Module):
 class SequentialHead(nn.Module):
     """Corrects row j's hidden state by the token drafted before it, and by a state if recurrent.
 
-    z_j = silu(W_h norm(h_j) + W_e norm(E[d_(j-1)]) + U z_(j-1)), h_j + W_out z_j.
+    z_j = silu(norm(h_j) W_h + c + E[d_(j-1)] W_e / rms(E) + z_(j-1) U), h_j + z_j W_out, with E
+    the model's embeddings and rms(E) one number.
     """
 
     def __init__(self, hidden_size: int, size: int, *, recurrent: bool) -> None:
         super().__init__()
-        self.from_hidden = nn.Linear(hidden_size, size)
-        self.from_token = nn.Linear(hidden_size, size, bias=False)
-        self.from_state = nn.Linear(size, size, bias=False) if recurrent else None
-        self.out = nn.Linear(size, hidden_size, bias=False)
-        nn.init.zeros_(self.out.weight)
-        if self.from_state is not None:
-            nn.init.zeros_(self.from_state.weight)
+        self.from_hidden = nn.Parameter(torch.randn(hidden_size, size) * (3 * hidden_size) ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.from_token = nn.Parameter(torch.randn(hidden_size, size) * (3 * hidden_size) ** -0.5)
+        self.from_state = nn.Parameter(torch.zeros(size, size)) if recurrent else None
+        self.out = nn.Parameter(torch.zeros(size, hidden_size))
 
     def prepare(self, hidden: Tensor) -> Tensor:
         """What the rows contribute, whatever is drafted. hidden [..., hidden_size] to [..., size]."""
-        return _linear(F.rms_norm(hidden, hidden.shape[-1:]), self.from_hidden)
+        unit = F.rms_norm(hidden, hidden.shape[-1:])
+        return unit @ self.from_hidden.to(hidden.dtype) + self.bias.to(hidden.dtype)
 
-    def step(self, prepared: Tensor, token: Tensor, state: Tensor | None) -> Tensor:
-        """The state after a row. prepared [N, size]; token [N, hidden_size], an embedding; state [N, size]."""
-        z = prepared + _linear(F.rms_norm(token, token.shape[-1:]), self.from_token)
+    def step(self, prepared: Tensor, token: Tensor, scale: float, state: Tensor | None) -> Tensor:
+        """The state after a row, [N, size].
+
+        prepared [N, size]; token [N, hidden_size], its embedding, and scale = 1 / rms(E); state [N, size].
+        """
+        # One operation for product, scale and sum: a small model's draft is made of small operations.
+        z = torch.addmm(prepared, token, self.from_token.to(token.dtype), alpha=scale)
         if self.from_state is not None and state is not None:
-            z = z + _linear(state, self.from_state)
+            z = torch.addmm(z, state, self.from_state.to(state.dtype))
         return F.silu(z)
 
     def correct(self, hidden: Tensor, state: Tensor) -> Tensor:
         """[N, hidden_size]."""
-        return hidden + _linear(state, self.out)
+        return torch.addmm(hidden, state, self.out.to(state.dtype))
 
 
 class S3DAdapter(nn.Module):
@@ -144,17 +160,29 @@ class S3DAdapter(nn.Module):
         self.config = config
         self.vocab_size = base.vocab_size
         self.kept = [i for i in range(base.num_hidden_layers) if not config.skip_start <= i < config.skip_end]
-        self.masks = nn.Parameter(torch.randn(config.num_speculative_tokens - 1, base.hidden_size) * 0.02)
+        self.masks = nn.Parameter(torch.randn(config.num_masks, base.hidden_size) * 0.02)
         shapes = part_shapes(base)
         self.lora = nn.ModuleDict(
             {f"{i}_{part}": LowRank(*shapes[part], config.lora_rank) for i in self.kept for part in PARTS}
             if config.lora_rank
             else {}
         )
+        # Found twice per product and layer: the path through the modules' names would take as long as the product.
+        self._lora = {(i, part): self._low_rank(i, part) for i in self.kept for part in PARTS if config.lora_rank}
         self.bridge = Bridge(base.hidden_size, config.bridge_rank) if config.bridge_rank else None
         self.head = (
             SequentialHead(base.hidden_size, config.head_size, recurrent=config.recurrent) if config.head_size else None
         )
+
+    def _low_rank(self, layer: int, part: str) -> LowRank:
+        module = self.lora[f"{layer}_{part}"]
+        assert isinstance(module, LowRank)
+        return module
+
+    def add_lora(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
+        """y, the product of x, plus what LoRA adds to it; y itself for a product without LoRA."""
+        module = self._lora.get((layer, part))
+        return y if module is None else module.add_to(y, x)
 
     def bind(self, context: Tensor | None, first_row: int = 0) -> BoundAdapter:
         """The adapter for one pass.
@@ -203,15 +231,9 @@ class BoundAdapter:
 
     def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
         """y plus the change of the product that made it of x. x [N, in], y [N, out]."""
-        name = f"{layer}_{part}"
-        lora = self._adapter.lora
-        if name not in lora:
-            return y
-        module = lora[name]
-        assert isinstance(module, LowRank)
         if self._first_row == 0:
-            return module.add_to(y, x)
-        module.add_to(y[self._rows], x[self._rows])  # in place: such passes are not trained
+            return self._adapter.add_lora(layer, part, x, y)
+        self._adapter.add_lora(layer, part, x[self._rows], y[self._rows])  # in place: no such pass is trained
         return y
 
 
@@ -221,8 +243,3 @@ def named_sizes(adapter: S3DAdapter) -> Iterator[tuple[str, int]]:
     for name, part in (("lora", adapter.lora), ("bridge", adapter.bridge), ("head", adapter.head)):
         if part is not None:
             yield name, sum(p.numel() for p in part.parameters())
-
-
-def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
-    bias = linear.bias
-    return F.linear(x, linear.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from skippy.engine.adapter import S3DAdapter
@@ -50,49 +51,77 @@ def draft_chain(
             if p.state.alters:
                 p.state.alter(logits[row], (), p.index)
     best, ids = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)
-    pick = _Choice(ids, prospects)
+    choice = _Choice(ids, prospects)
     if adapter.head is None:
-        return torch.stack([pick(row, best[:, row]) for row in range(width)], 1)
-    altered = None if raw is logits else best - raw.gather(-1, ids)
-    rows = model.head_rows(ids)  # [B, G, K, hidden_size]
-    prepared = adapter.head.prepare(hidden)
+        return torch.stack([choice.pick(row, best[:, row]) for row in range(width)], 1)
+    rescore = _Rescorer(model, ids, None if raw is logits else best - raw.gather(-1, ids), choice)
+    embeddings = model.model.embed_tokens.weight
     state: Tensor | None = None
     token, drafted = newest, []
-    for row in range(width):
-        state = adapter.head.step(prepared[:, row], model.model.embed_tokens(token), state)
-        corrected = model.model.norm(adapter.head.correct(hidden[:, row], state))
-        scores = (rows[:, row] @ corrected[:, :, None])[:, :, 0].float()
-        token = pick(row, scores if altered is None else scores + altered[:, row])
+    for row, (prepared, uncorrected) in enumerate(
+        zip(adapter.head.prepare(hidden).unbind(1), hidden.unbind(1), strict=True)
+    ):
+        state = adapter.head.step(prepared, F.embedding(token, embeddings), model.embedding_scale, state)
+        token = choice.pick(row, rescore(row, adapter.head.correct(uncorrected, state)))
         drafted.append(token)
     return torch.stack(drafted, 1)
 
 
+class _Rescorer:
+    """Logits of the candidates alone, or where only their order counts, something proportional to them.
+
+    Args:
+        ids: the candidates, [B, G, K].
+        altered: what penalties and the like added to their logits, [B, G, K], or None.
+    """
+
+    def __init__(self, model: CausalLM, ids: Tensor, altered: Tensor | None, choice: _Choice) -> None:
+        norm = model.model.norm
+        # norm(x) . w = x . (weight * w) / rms(x): the weight goes over to the candidates' side once.
+        self._rows = (model.head_rows(ids) * norm.weight).unbind(1)
+        self._eps = norm.eps
+        self._altered = altered
+        self._only_order = altered is None and choice.greedy
+
+    def __call__(self, row: int, hidden: Tensor) -> Tensor:
+        """hidden [B, hidden_size], of row `row`, to [B, K] float32."""
+        scores = torch.bmm(self._rows[row], hidden[:, :, None]).squeeze(-1)
+        if self._only_order:
+            return scores
+        square = torch.linalg.vecdot(hidden, hidden)[:, None].float()
+        scores = scores.float() * torch.rsqrt(square / hidden.shape[-1] + self._eps)
+        return scores if self._altered is None else scores + self._altered[:, row]
+
+
 class _Choice:
-    """Chooses among candidates as `sampling.choose` will among all tokens."""
+    """Chooses among candidates as `sampling.choose` will among all tokens.
+
+    Args:
+        ids: the candidates, [B, G, K].
+    """
 
     def __init__(self, ids: Tensor, prospects: Sequence[Prospect]) -> None:
-        self._ids = ids
+        self._ids = ids.unbind(1)
         self._params = [p.state.params for p in prospects]
-        self._log_noise: Tensor | None = None
-        if all(p.greedy for p in self._params):
+        self.greedy = all(p.greedy for p in self._params)
+        if self.greedy:
             return
         device, width = ids.device, ids.shape[1]
         keys = [fold(p.state.key(p.index + row)) for p in prospects for row in range(width)]
         folded = to_device(keys, device).int().view(len(prospects), width, 1)
         noise = exponential(noise_bits(folded, ids.int())).log().float()
         greedy = torch.tensor([p.greedy for p in self._params], device=device)
-        self._log_noise = noise.masked_fill_(greedy[:, None, None], 0.0)
+        self._log_noise = noise.masked_fill_(greedy[:, None, None], 0.0).unbind(1)
         self._temperature = torch.tensor(
             [1.0 if p.greedy else p.temperature for p in self._params], dtype=torch.float32, device=device
         )[:, None]
+        self._truncates = any(p.top_k or p.top_p < 1.0 or p.min_p for p in self._params)
 
-    def __call__(self, row: int, scores: Tensor) -> Tensor:
+    def pick(self, row: int, scores: Tensor) -> Tensor:
         """scores [B, K] of row `row`'s candidates to the tokens chosen, [B]."""
-        if self._log_noise is not None:
+        if not self.greedy:
             scores = scores / self._temperature
-            keep = survivors(scores.softmax(-1), self._params)
-            if keep is not None:
+            if self._truncates and (keep := survivors(scores.softmax(-1), self._params)) is not None:
                 scores = scores.masked_fill(~keep, float("-inf"))
-            scores = scores - self._log_noise[:, row]
-        place = scores.argmax(-1, keepdim=True)
-        return self._ids[:, row].gather(1, place)[:, 0]
+            scores = scores - self._log_noise[row]
+        return self._ids[row].gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)

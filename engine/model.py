@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -297,6 +298,11 @@ class CausalLM(nn.Module):
         if x.device.type == "cuda":
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
         return F.linear(x.float(), weight.float())
+
+    @cached_property
+    def embedding_scale(self) -> float:
+        """1 / rms of all embeddings: what brings an embedding to about unit size."""
+        return 1.0 / float(self.model.embed_tokens.weight.float().square().mean().sqrt())
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """The rows of the head that belong to some tokens. token_ids [...] to [..., hidden_size]."""
