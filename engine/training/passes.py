@@ -1,8 +1,9 @@
 """The two passes of a training step, over whole sequences at once.
 
 The teacher pass is the plain model over [B, T] tokens. The draft pass puts rows at many
-places ("anchors") of every sequence: the token there and mask tokens behind it, which see
-the teacher's keys and values of what precedes the anchor, and one another.
+places ("anchors") of every sequence: the token there and mask tokens behind it, or masks
+alone if they are to ride in verify passes. They see the teacher's keys and values of what
+precedes the anchor, and one another.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def draft_rows(model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors
     """
     width = adapter.config.num_speculative_tokens
     batch, count = anchors.shape
-    newest = teaching.tokens.gather(1, anchors)
-    masks = torch.tensor(adapter.mask_ids(width - 1), dtype=torch.int64, device=anchors.device)
-    tokens = torch.cat((newest[:, :, None], masks.expand(batch, count, -1)), -1)
+    masks = torch.tensor(adapter.mask_ids(adapter.config.num_masks), dtype=torch.int64, device=anchors.device)
+    tokens = masks.expand(batch, count, -1)
+    if not adapter.config.fused:
+        tokens = torch.cat((teaching.tokens.gather(1, anchors)[:, :, None], tokens), -1)
     positions = anchors[:, :, None] + torch.arange(width, device=anchors.device)
     sequence = torch.arange(batch, device=anchors.device)[:, None]
     context = teaching.context[sequence, anchors - 1].repeat_interleave(width, 1).flatten(0, 1)
