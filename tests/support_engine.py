@@ -13,11 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from skippy.engine import Engine, Request, SequenceOutput, StepStats
+from skippy.engine.adapter import AdapterConfig, S3DAdapter
+from skippy.engine.adapter_files import BESIDE_MODEL, save_adapter
 from skippy.engine.model import CausalLM, full_plan
 from skippy.engine.runner import Rows
 from skippy.engine.sampling import RowGroup, choose
 from skippy.engine.sequence import Sequence
-from skippy.engine.weights import parse_config
+from skippy.engine.weights import open_checkpoint, parse_config
 
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -54,6 +56,38 @@ def write_checkpoint(folder: Path, **changes: Any) -> Path:
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
     save_file(state, folder / "model.safetensors")
+    return folder
+
+
+TINY_ADAPTER: dict[str, Any] = {
+    "skip_start": 1,
+    "skip_end": 2,
+    "num_speculative_tokens": 6,
+    "lora_rank": 2,
+    "head_size": 16,
+    "bridge_rank": 2,
+    "recurrent": True,
+}
+
+
+def random_adapter(base: Path, seed: int = 0, scale: float = 0.02, **changes: Any) -> S3DAdapter:
+    """An adapter under TINY_ADAPTER with `changes` for the model in `base`, no parameter of it zero.
+
+    The larger the scale, the less a draft has to do with the model.
+    """
+    adapter = S3DAdapter(AdapterConfig(**{**TINY_ADAPTER, **changes}), open_checkpoint(str(base)).config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        adapter.masks.mul_(0.2 / scale)  # like the embeddings
+    return adapter
+
+
+def write_adapter(base: Path, folder: Path | None = None, **changes: Any) -> Path:
+    """A `random_adapter` on disk, beside its model unless a folder is given."""
+    folder = folder or base / BESIDE_MODEL
+    save_adapter(folder, random_adapter(base, **changes), open_checkpoint(str(base)), {"steps": 0})
     return folder
 
 

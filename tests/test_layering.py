@@ -18,6 +18,7 @@ WITHOUT_TORCH = (
     "admission",
     "blocks",
     "config",
+    "controller",
     "drafters.base",
     "drafters.ngram",
     "drafters.none",
@@ -36,6 +37,14 @@ FORBIDDEN = [
     ("skippy.server", ("torch", "transformers", "bitsandbytes"), ()),
     *((f"skippy.engine.{name}", ("torch",), ()) for name in WITHOUT_TORCH),
     ("skippy.engine.model", ("skippy.engine.kv", "skippy.engine.scheduler"), ()),
+    *(
+        (f"skippy.engine.{name}", ("skippy.engine.adapter", "skippy.engine.adapter_files", "skippy.engine.chain"), ())
+        for name in ("model", "runner", "attention", "sampling")
+    ),
+    ("skippy.engine.adapter", ("skippy.engine.runner", "skippy.engine.kv", "skippy.engine.adapter_files"), ()),
+    # A draft pass and a chain of tokens are one drafter's business, and its training's.
+    ("skippy", ("skippy.engine.chain",), ("skippy.engine.drafters.s3d", "skippy.engine.training")),
+    ("skippy", ("skippy.engine.training",), ("skippy.engine.training",)),
     ("skippy.engine.accept", ("skippy.engine.model",), ()),
     ("skippy.engine.sampling", ("skippy.engine.model",), ()),
     ("skippy", ("skippy.engine.bench",), ("skippy.engine.bench",)),
@@ -141,3 +150,10 @@ def test_the_server_process_never_loads_torch() -> None:
 def test_what_is_pure_stays_pure_with_all_it_imports() -> None:
     loaded = loaded_after(f"import {', '.join(f'skippy.engine.{name}' for name in WITHOUT_TORCH)}")
     assert not loaded & {"torch", "transformers", "fastapi", "pydantic"}
+
+
+def test_serving_loads_nothing_of_training() -> None:
+    script = "import sys, skippy.engine.worker; print(*(name for name in sys.modules if name.startswith('skippy.')))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "skippy.engine.drafters.s3d" in done.stdout.split(), done.stderr
+    assert "skippy.engine.training" not in done.stdout

@@ -119,6 +119,21 @@ class TestPaddedVocabulary:
         model.pack(checkpoint.vocab_size)
         assert model.model.embed_tokens.weight.shape[0] == TINY_CONFIG["vocab_size"]
 
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_the_heads_rows_can_be_read_after_packing(self, tmp_path: Path, tied: bool) -> None:
+        checkpoint = open_checkpoint(str(self.checkpoint(tmp_path, tie_word_embeddings=tied)))
+        model = load_model(checkpoint, torch.float32, CPU, 8)
+        ids = torch.tensor([[3, 89], [0, 3]])
+        expected = model.lm_head.weight[ids]
+        model.pack(checkpoint.vocab_size, keep_head_rows=not tied)
+        assert torch.equal(model.head_rows(ids), expected)
+
+    def test_rows_of_the_head_that_nobody_reads_are_given_back(self, tmp_path: Path) -> None:
+        checkpoint = open_checkpoint(str(self.checkpoint(tmp_path)))
+        model = load_model(checkpoint, torch.float32, CPU, 8)
+        model.pack(checkpoint.vocab_size)
+        assert model.lm_head.weight.numel() == 0
+
 
 class TestPlans:
     CONFIG = parse_config({**TINY_CONFIG, "num_hidden_layers": 6})
@@ -151,7 +166,8 @@ class TestModule:
             keys, values = keys_values.chunk(2, 1)
             return (queries + (keys + values).repeat(1, group, 1)).flatten(1)
 
-        model.logits(model(batch, full_plan(model.config), mix)).square().sum().backward()  # type: ignore[no-untyped-call]
+        hidden, _ = model(batch, full_plan(model.config), mix)
+        model.logits(hidden).square().sum().backward()  # type: ignore[no-untyped-call]
         idle = [
             name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
         ]

@@ -1,8 +1,7 @@
 """The bitwise test: the logits of a row depend on its sequence and nothing else.
 
 Not on who shares the pass, not on how many tokens are drafted, not on the chunks of the
-prompt, not on which blocks hold the past. The gate of the adapter is as exact: a row with
-gate 0 does not notice that there is an adapter.
+prompt, not on which blocks hold the past, and not on what an adapter does to other rows.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support_engine import write_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from skippy.engine import BUILTIN_MODEL, EngineConfig
 from skippy.engine.build import build
@@ -46,9 +45,9 @@ class Bench:
     def table(self) -> list[int]:
         return list(range(self.blocks))
 
-    def rows(self, start: int, stop: int, table: list[int] | None = None, gate_from: int | None = None) -> Rows:
+    def rows(self, start: int, stop: int, table: list[int] | None = None) -> Rows:
         """Part of the text, with logits of all of it."""
-        return Rows(self.text[start:stop], start, table or self.table, stop - start, gate_from)
+        return Rows(self.text[start:stop], start, table or self.table, stop - start)
 
     def run(self, rows: Sequence[Rows], adapter: Adapter | None = None) -> list[Tensor]:
         logits = self.runner.run(rows, self.plan, adapter)
@@ -56,24 +55,26 @@ class Bench:
 
 
 class Adapter:
-    """Adds a little of the input, turned round, to every fused product."""
+    """Adds a little of the input, turned round, to every fused product of some rows of the pass."""
 
-    def __init__(self, runner: Runner) -> None:
-        config = runner.model.config
-        heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        self._outputs = {
-            "qkv": heads * config.head_dim,
-            "o": config.hidden_size,
-            "gate_up": 2 * config.intermediate_size,
-            "down": config.hidden_size,
-        }
-        self.calls: set[tuple[int, str]] = set()
+    def __init__(self, rows: slice = slice(None)) -> None:
+        self._rows = rows
+        self.calls: list[tuple[int, str]] = []
 
-    def delta(self, layer: int, part: str, x: Tensor) -> Tensor:
-        self.calls.add((layer, part))
-        width = self._outputs[part]
-        repeated = x.flip(-1).repeat(1, -(-width // x.shape[1]))
-        return repeated[:, :width] * 0.1
+    def embed(self, token_ids: Tensor, embedding: nn.Embedding) -> Tensor:
+        self.calls.append((-1, "embed"))
+        x: Tensor = embedding(token_ids.clamp(max=embedding.num_embeddings - 1))
+        return x
+
+    def enter(self, layer: int, x: Tensor) -> Tensor:
+        self.calls.append((layer, "enter"))
+        return x
+
+    def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
+        self.calls.append((layer, part))
+        repeated = x.flip(-1).repeat(1, -(-y.shape[1] // x.shape[1]))
+        y[self._rows] += repeated[self._rows, : y.shape[1]] * 0.1
+        return y
 
 
 def make_bench(model: str, dtype: Dtype, block_size: int) -> Bench:
@@ -176,38 +177,57 @@ class TestBits:
 
 
 class TestAdapter:
-    """The adapter applies to the rows that are gated, and to no others."""
+    """What an adapter does to some rows does not show in the others."""
 
-    def test_rows_before_the_gate_are_unchanged(self, bench: Bench) -> None:
-        adapter, start, stop = Adapter(bench.runner), LENGTH - 9, LENGTH
-        for gate_from in range(9):
-            (logits,) = bench.run([bench.rows(start, stop, gate_from=gate_from)], adapter)
+    def test_rows_before_the_changed_ones_are_unchanged(self, bench: Bench) -> None:
+        start, stop = LENGTH - 9, LENGTH
+        for first in range(9):
+            (logits,) = bench.run([bench.rows(start, stop)], Adapter(slice(first, 9)))
             exact = [torch.equal(a, b) for a, b in zip(logits, bench.logits[start:stop], strict=True)]
-            assert exact == [True] * gate_from + [False] * (9 - gate_from)
+            assert exact == [True] * first + [False] * (9 - first)
         bench.run([bench.rows(start, stop)])
 
-    def test_neighbours_of_gated_rows_are_unchanged(self, bench: Bench) -> None:
-        adapter, probe = Adapter(bench.runner), bench.rows(LENGTH - 1, LENGTH)
-        gated = [Rows(r.tokens, r.position, r.table, 1, gate_from=0) for r in bench.neighbours[:20]]
-        outputs = bench.run([*gated[:10], probe, *gated[10:]], adapter)
-        assert torch.equal(outputs[10][0], bench.logits[-1])
-        plain = bench.run(bench.neighbours[:20])
-        for changed, unchanged in zip([*outputs[:10], *outputs[11:]], plain, strict=True):
+    def test_neighbours_of_changed_rows_are_unchanged(self, bench: Bench) -> None:
+        probe, others = bench.rows(LENGTH - 1, LENGTH), bench.neighbours[:20]
+        outputs = bench.run([probe, *others], Adapter(slice(1, 21)))
+        assert torch.equal(outputs[0][0], bench.logits[-1])
+        for changed, unchanged in zip(outputs[1:], bench.run(others), strict=True):
             assert not torch.equal(changed, unchanged)
 
-    def test_without_a_gated_row_it_is_not_asked(self, bench: Bench) -> None:
-        adapter = Adapter(bench.runner)
-        (logits,) = bench.run([bench.rows(LENGTH - 3, LENGTH)], adapter)
-        assert torch.equal(logits, bench.logits[-3:])
-        assert not adapter.calls
-
-    def test_it_is_asked_at_every_product_of_the_plan(self, bench: Bench) -> None:
-        adapter, config = Adapter(bench.runner), bench.runner.model.config
-        plan = skipping_plan(config, 1, config.num_hidden_layers - 1)
-        bench.runner.run([bench.rows(LENGTH - 1, LENGTH, gate_from=0)], plan, adapter)
+    def test_it_is_asked_once_for_the_embeddings_every_layer_and_product_and_the_end(self, bench: Bench) -> None:
+        adapter, config = Adapter(), bench.runner.model.config
+        last = config.num_hidden_layers - 1
+        bench.runner.run([bench.rows(LENGTH - 1, LENGTH)], skipping_plan(config, 1, last), adapter)
         bench.run([bench.rows(LENGTH - 1, LENGTH)])
-        layers = (0, config.num_hidden_layers - 1)
-        assert adapter.calls == {(layer, part) for layer in layers for part in ("qkv", "o", "gate_up", "down")}
+        expected = [(layer, part) for layer in (0, last) for part in ("enter", "qkv", "o", "gate_up", "down")]
+        assert adapter.calls == [(-1, "embed"), *expected, (last + 1, "enter")]
+
+    def test_it_may_give_embeddings_to_ids_beyond_the_vocabulary(self, bench: Bench) -> None:
+        size = bench.runner.model.config.vocab_size
+        adapter = Adapter(slice(0, 0))
+        behind = [block + bench.blocks for block in bench.table]
+        foreign, last = (bench.run([Rows([5, token], 0, behind, 1)], adapter) for token in (size + 3, size - 1))
+        assert torch.equal(foreign[0], last[0])
+
+
+class TestTaps:
+    def test_they_show_what_entered_a_layer_in_the_rows_that_are_read(self, bench: Bench) -> None:
+        config, model = bench.runner.model.config, bench.runner.model
+        end = config.num_hidden_layers
+        rows = [Rows(bench.text[LENGTH - 9 :], LENGTH - 9, bench.table, 4), bench.neighbours[0]]
+        hidden, taps = bench.runner.compute(rows, bench.plan, taps=(0, 1, end))
+        read = torch.tensor([*bench.text[-4:], *bench.neighbours[0].tokens])
+        assert set(taps) == {0, 1, end}
+        assert torch.equal(taps[0], model.model.embed_tokens(read))
+        assert torch.equal(taps[end], hidden)
+        shorter, _ = bench.runner.compute(rows, bench.plan[:1])
+        assert torch.equal(taps[1], shorter)
+        assert torch.equal(bench.runner.logits(hidden)[:4], bench.logits[-4:])
+
+    def test_they_change_no_bit(self, bench: Bench) -> None:
+        rows = [bench.rows(LENGTH - 5, LENGTH)]
+        hidden, _ = bench.runner.compute(rows, bench.plan, taps=range(bench.runner.model.config.num_hidden_layers + 1))
+        assert torch.equal(bench.runner.logits(hidden), bench.logits[-5:])
 
 
 class TestPlans:
