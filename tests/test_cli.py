@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skippy.engine import BenchOptions, EngineDead
+from skippy.engine import EngineDead
 from skippy.server import cli
 from skippy.server.settings import Settings, flag_of, setting_names
 
@@ -119,30 +119,6 @@ def test_generate_ignores_settings_of_the_server_but_knows_them(monkeypatch: pyt
     assert calls[0].settings.drafter == "none"
 
 
-def test_bench_parses_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = capture(monkeypatch, "bench")
-    arguments = ["bench", "m", "--prompts", "f", "--drafters", "none, ngram", "--batch-sizes", "2", "--limit", "5"]
-    assert cli.main(arguments) == 0
-    assert calls[0].options == {
-        "prompts": "f",
-        "drafters": ("none", "ngram"),
-        "batch_sizes": (2,),
-        "max_tokens": 128,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "seed": 0,
-        "limit": 5,
-        "repeat": 3,
-    }
-    assert calls[0].settings.model == "m"
-
-
-def test_bench_has_the_defaults_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = capture(monkeypatch, "bench")
-    assert cli.main(["bench", "--prompts", "f"]) == 0
-    assert BenchOptions(**calls[0].options) == BenchOptions(prompts="f")
-
-
 @pytest.mark.parametrize("command", ["serve", "generate", "bench"])
 def test_print_config(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "folder", "--block-size", "64", "--print-config"]) == 0
@@ -220,21 +196,4 @@ def test_generate_without_a_model_or_drafter_says_so_in_one_line(flags: list[str
     done = skippy("generate", *flags, "-p", "x")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("skippy: error: ")
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "flags", "message"),
-    [
-        ('{"prompt": "a"}\n{"prompt": 3}\n', [], "line 2: Expected"),
-        ('{"prompt": "a"}\n', ["--drafters", "crystal-ball"], "no drafter 'crystal-ball'"),
-    ],
-)
-def test_bench_tells_mistakes_in_one_line(tmp_path: Path, content: str, flags: list[str], message: str) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(content)
-    done = skippy("bench", "--prompts", str(prompts), *flags)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("skippy: error: ")
-    assert message in done.stderr
     assert done.stderr.count("\n") == 1
