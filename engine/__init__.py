@@ -31,6 +31,8 @@ from skippy.engine.types import (
 if TYPE_CHECKING:
     from skippy.engine.bench import BenchOptions, run_bench
     from skippy.engine.engine import Engine
+    from skippy.engine.training.options import TrainOptions
+    from skippy.engine.training.run import run_training
 
 __all__ = [
     "BUILTIN_MODEL",
@@ -51,12 +53,20 @@ __all__ = [
     "StepStats",
     "TokenLogprobs",
     "Tokenizer",
+    "TrainOptions",
     "check_request",
     "read_prompts",
     "run_bench",
+    "run_training",
 ]
 
-_NEED_TORCH = {"Engine": "engine", "BenchOptions": "bench", "run_bench": "bench"}
+_NEED_TORCH = {
+    "Engine": "engine",
+    "BenchOptions": "bench",
+    "run_bench": "bench",
+    "TrainOptions": "training.options",
+    "run_training": "training.run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -41,7 +41,7 @@ def build(config: EngineConfig) -> Build:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    device = _device(config)
+    device = choose_device(config)
     checkpoint = open_checkpoint(config.model)
     dtype = _dtype(config, checkpoint, device)
     shape = checkpoint.config
@@ -79,7 +79,7 @@ def build(config: EngineConfig) -> Build:
     return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len, adapter)
 
 
-def _device(config: EngineConfig) -> torch.device:
+def choose_device(config: EngineConfig) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

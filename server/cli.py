@@ -90,6 +90,14 @@ def _bench(invocation: Invocation) -> int:
     return run_bench(invocation.settings.engine_config(), BenchOptions(**invocation.options))
 
 
+def _train(invocation: Invocation) -> int:
+    from skippy.engine import TrainOptions, run_training
+
+    options = dict(invocation.options)
+    output = options.pop("output")
+    return run_training(invocation.settings.engine_config(), TrainOptions(**options), output)
+
+
 def _verify(invocation: Invocation) -> int:
     from skippy.server.verify import VerifyOptions, run_verify
 
@@ -157,6 +165,42 @@ _BENCH_OPTIONS = (
     Option("plot", str, "draw the figures; needs matplotlib, the extra skippy-serve[plot]", metavar="FILE.png"),
 )
 
+_FROM_MODEL = "; unset: by the size of the model"
+
+_TRAIN_OPTIONS = (
+    Option(
+        "output",
+        str,
+        "folder to train in; what an earlier run left there is gone on with",
+        metavar="DIR",
+        short=("-o",),
+        required=True,
+    ),
+    Option("data", str, f"{_PROMPTS_HELP}, for the model to continue; it also writes without any", metavar="FILE"),
+    Option(
+        "exclude",
+        str,
+        "JSONL file of evaluation texts: no training text shares 13 words in a row with any",
+        metavar="FILE",
+    ),
+    Option("steps", int, "training steps", 2000),
+    Option("sequences", int, "sequences that the model writes to learn from", 2048),
+    Option("length", int, "tokens per sequence", 320),
+    Option("batch_size", int, "sequences per step", 8),
+    Option("anchors", int, "places in a sequence that a step drafts from", 48),
+    Option("learning_rate", float, "its peak", 2e-3, "X"),
+    Option("tv_share", float, "share of total variation in the loss, after a first quarter of KL", 0.7, "X"),
+    Option("seed", int, "seed of the text and of the training", 0),
+    Option("num_speculative_tokens", int, "most tokens that one pass drafts", 6),
+    Option("skip_start", int, "first layer that a draft skips" + _FROM_MODEL),
+    Option("skip_end", int, "first layer that a draft goes on with" + _FROM_MODEL),
+    Option("lora_rank", int, "rank of the changes of the layers that are kept; 0 leaves them out" + _FROM_MODEL),
+    Option("head_size", int, "size of the head that ties drafted tokens together; 0 leaves it out" + _FROM_MODEL),
+    Option("bridge_rank", int, "rank of the bridge over the skipped layers; 0 leaves it out" + _FROM_MODEL),
+    Option("recurrent", bool, "the head hands a state from token to token", default=True),
+    Option("fused", bool, "draft within the verify pass, through every layer", default=False),
+)
+
 _VERIFY_OPTIONS = (
     Option("prompts", str, f"{_PROMPTS_HELP}; a built-in list without it", metavar="FILE"),
     Option("count", positive, "comparisons to make", 200),
@@ -171,6 +215,9 @@ _ENGINE_SETTINGS = tuple(field.name for field in fields(EngineConfig))
 # A benchmark names its drafters itself, and a cached prompt would flatter every run but the first.
 _BENCH_SETTINGS = tuple(name for name in _ENGINE_SETTINGS if name not in ("drafter", "enable_prefix_caching"))
 
+# The rest is of no use to a training, or an option of it.
+_TRAIN_SETTINGS = ("model", "device", "dtype", "num_threads")
+
 COMMANDS = {
     "serve": Command("answer OpenAI API requests over HTTP", _serve, settings=setting_names()),
     "generate": Command("continue one prompt, without a server", _generate, _ENGINE_SETTINGS, _GENERATE_OPTIONS),
@@ -180,6 +227,7 @@ COMMANDS = {
         _BENCH_SETTINGS,
         _BENCH_OPTIONS,
     ),
+    "train": Command("teach a model to draft for itself", _train, _TRAIN_SETTINGS, _TRAIN_OPTIONS),
     "verify": Command(
         "check that a running server answers the same however it drafts",
         _verify,
@@ -223,7 +271,7 @@ def _run(argv: list[str]) -> int:
     command = COMMANDS[arguments.command]
     settings = Settings()
     if command.settings:
-        resolved = _resolve(arguments)
+        resolved = _resolve(arguments, command.settings)
         if arguments.print_config:
             print(resolved.as_yaml(), end="")
             return 0
@@ -266,7 +314,8 @@ def _add_options(parser: argparse.ArgumentParser, command: Command) -> list[argp
     for option in command.options:
         flags = (*option.short, flag_of(option.name))
         if option.parse is bool:
-            actions.append(parser.add_argument(*flags, action="store_true", help=option.help))
+            switch = argparse.BooleanOptionalAction if option.default else "store_true"
+            actions.append(parser.add_argument(*flags, action=switch, default=option.default, help=option.help))
             continue
         help_text = option.help + (" (required)" if option.required else "")
         if option.default is not None:
@@ -322,10 +371,10 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> list
     return actions
 
 
-def _resolve(arguments: argparse.Namespace) -> Resolved:
+def _resolve(arguments: argparse.Namespace, names: Sequence[str]) -> Resolved:
     layer = {}
-    for name in setting_names():
-        given = getattr(arguments, name, None)
+    for name in names:
+        given = getattr(arguments, name)
         if isinstance(given, bool):
             layer[name] = Value(str(given).lower(), flag_of(name if given else f"no_{name}"))
         elif given:

@@ -62,19 +62,23 @@ def generate_samples(
     for place, written in _write(engine, free.values(), lambda _: None).items():
         openings[place] += written
     seeds = [chooser.getrandbits(62) for _ in openings]
-    temperatures = [TEMPERATURES[place // 2 % len(TEMPERATURES)] for place in range(count)]
     continued = _write(
         engine,
         [
-            _request(place, opening, length - len(opening), temperatures[place], seeds[place])
+            _request(place, opening, length - len(opening), temperature_of(place), seeds[place])
             for place, opening in enumerate(openings)
         ],
         progress,
     )
     return [
-        Sample(opening + continued[place], len(opening), temperatures[place], seeds[place])
+        Sample(opening + continued[place], len(opening), temperature_of(place), seeds[place])
         for place, opening in enumerate(openings)
     ]
+
+
+def temperature_of(place: int) -> float:
+    """The temperature of a continuation; of each there are as many with a given opening as without."""
+    return TEMPERATURES[place // 2 % len(TEMPERATURES)]
 
 
 def grams(text: str) -> set[tuple[str, ...]]:

@@ -27,8 +27,8 @@ class TrainOptions:
         sequences, length: the training text, in sequences of `length` tokens.
         batch_size, anchors: sequences per step, and places in each of them that are drafted from.
         tv_share: the share of total variation in the loss, once the first quarter is over; the rest is KL.
-        skip_start, skip_end, num_speculative_tokens, lora_rank, head_size, bridge_rank, recurrent:
-            see `AdapterConfig`.
+        skip_start, skip_end, num_speculative_tokens, lora_rank, head_size, bridge_rank, recurrent,
+            fused: see `AdapterConfig`.
 
     Raises:
         ConfigError: a value is out of range.
@@ -51,6 +51,7 @@ class TrainOptions:
     head_size: int | None = None
     bridge_rank: int | None = None
     recurrent: bool = True
+    fused: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "batch_size", "anchors"):
@@ -77,12 +78,13 @@ class TrainOptions:
         Raises:
             ConfigError: an adapter of this shape does not fit the base.
         """
-        start, end = default_band(base.num_hidden_layers)
+        start, end = (0, 0) if self.fused else default_band(base.num_hidden_layers)
         start = start if self.skip_start is None else self.skip_start
         end = end if self.skip_end is None else self.skip_end
 
         def shaped(scale: int) -> AdapterConfig:
             lora_rank, head_size, bridge_rank = default_sizes(base.hidden_size, scale)
+            bridge_rank = 0 if self.fused else bridge_rank
             return AdapterConfig(
                 skip_start=start,
                 skip_end=end,
@@ -91,6 +93,7 @@ class TrainOptions:
                 head_size=head_size if self.head_size is None else self.head_size,
                 bridge_rank=bridge_rank if self.bridge_rank is None else self.bridge_rank,
                 recurrent=self.recurrent,
+                fused=self.fused,
             )
 
         try:
