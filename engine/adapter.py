@@ -30,6 +30,8 @@ from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.model import ModelConfig
 
 PARTS = ("qkv", "o", "gate_up", "down")
+MAX_RANK = 2**16
+"""Of LoRA, bridge and head: a limit for nonsense, not for memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +62,23 @@ class AdapterConfig:
     def check(self, base: ModelConfig) -> None:
         """Raise ValueError unless an adapter of this shape fits a base."""
         layers = base.num_hidden_layers
-        for name in ("skip_start", "skip_end", "num_speculative_tokens", "lora_rank", "head_size", "bridge_rank"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}")
-        if not self.skip_start <= self.skip_end <= layers or self.skip_end - self.skip_start == layers:
+        for name, least, most in (
+            ("skip_start", 0, layers),
+            ("skip_end", 0, layers),
+            ("num_speculative_tokens", 1, MAX_SPECULATIVE_TOKENS),
+            ("lora_rank", 0, MAX_RANK),
+            ("head_size", 0, MAX_RANK),
+            ("bridge_rank", 0, MAX_RANK),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:  # bool is a kind of int
+                raise ValueError(f"{name} is {value!r}, not an integer from {least} to {most}")
+        if type(self.recurrent) is not bool:
+            raise ValueError(f"recurrent is {self.recurrent!r}, not true or false")
+        if self.skip_start > self.skip_end:
+            raise ValueError(f"the skip band [{self.skip_start}, {self.skip_end}) ends before it starts")
+        if self.skip_end - self.skip_start == layers:
             raise ValueError(f"the skip band [{self.skip_start}, {self.skip_end}) leaves no layer of {layers}")
-        if not 1 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
-            raise ValueError(f"num_speculative_tokens is {self.num_speculative_tokens}")
         if not isinstance(self.fused, bool):
             raise ValueError(f"fused is {self.fused!r}")
         if self.fused and (self.skip_start != self.skip_end or self.bridge_rank):

@@ -41,18 +41,18 @@ logger = logging.getLogger("skippy.engine")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of a model's weights: of the name, shape and first row of every tensor.
+    """A hash of a model's weights: of the name, shape and first row of every tensor, in whatever files they are.
 
     All of a large model would take minutes to read.
     """
-    digest = hashlib.sha256()
+    parts: dict[str, bytes] = {}
     for file in weight_files(checkpoint.path):
         with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                 part = tensors.get_slice(name)
-                digest.update(f"{name}{part.get_shape()}".encode())
-                digest.update(part[:1].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+                row = part[:1].contiguous().view(torch.uint8).numpy().tobytes()
+                parts[name] = f"{name}{part.get_shape()}".encode() + row
+    return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
 
 
 def save_adapter(folder: Path, adapter: S3DAdapter, checkpoint: Checkpoint, training: Mapping[str, Any]) -> None:
@@ -60,7 +60,14 @@ def save_adapter(folder: Path, adapter: S3DAdapter, checkpoint: Checkpoint, trai
 
     Args:
         training: how it was trained, for people to read.
+
+    Raises:
+        AdapterError: some value is not finite in float16; nothing is written.
     """
+    tensors = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in adapter.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise AdapterError(f"The adapter is not saved: {name!r} holds values that are not finite in float16.")
     folder.mkdir(parents=True, exist_ok=True)
     described = {
         "format_version": FORMAT_VERSION,
@@ -69,7 +76,6 @@ def save_adapter(folder: Path, adapter: S3DAdapter, checkpoint: Checkpoint, trai
         **asdict(adapter.config),
         "training": dict(training),
     }
-    tensors = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in adapter.state_dict().items()}
     save_file(tensors, folder / "adapter.safetensors.new")
     (folder / "adapter.json.new").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     for name in ("adapter.safetensors", "adapter.json"):
@@ -103,7 +109,8 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, devic
         config = AdapterConfig(**{field.name: described[field.name] for field in fields(AdapterConfig)})
         config.check(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{folder / 'adapter.json'} is not a usable description: {error!r}.") from error
+        reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise AdapterError(f"{folder / 'adapter.json'} is not a usable description: {reason}.") from error
     with torch.device("meta"):
         adapter = S3DAdapter(config, checkpoint.config)
     wanted = adapter.state_dict()

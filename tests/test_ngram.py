@@ -65,7 +65,7 @@ def test_a_match_across_two_tokens_is_none() -> None:
 
 def sequence_of(tokens: list[int], misses: int = 0) -> Sequence:
     request = Request("r", (1,), SamplingParams())
-    return Sequence(request, 0, 0, "ngram", 4, frozenset(), tokens, misses=misses)
+    return Sequence(request, 0, 0, "ngram", 4, False, frozenset(), tokens, misses=misses)
 
 
 class TestDrafter:

@@ -427,7 +427,7 @@ def test_a_neighbour_that_truncates_costs_a_plain_row_no_look_at_every_token(mon
         return head_of(best, *args)
 
     monkeypatch.setattr(sampling, "_head_of", count)
-    keep = sampling._survivors(probs, params)
+    keep = sampling.survivors(probs, params)
     assert keep is not None
     assert slow == 0
     assert keep[0].all()

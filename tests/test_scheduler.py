@@ -36,7 +36,7 @@ def make_sequences(request: Request, max_draft: int = 4) -> list[Sequence]:
     for index in range(request.n):
         leader = sequences[0] if sequences else None
         tokens = list(request.prompt_token_ids)
-        sequences.append(Sequence(request, index, 0, "any", max_draft, frozenset(), tokens, leader=leader))
+        sequences.append(Sequence(request, index, 0, "any", max_draft, False, frozenset(), tokens, leader=leader))
     return sequences
 
 
