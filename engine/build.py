@@ -80,6 +80,11 @@ def build(config: EngineConfig) -> Build:
 
 
 def choose_device(config: EngineConfig) -> torch.device:
+    """Where the model runs.
+
+    Raises:
+        ConfigError: it is asked for on a GPU, and there is none.
+    """
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skippy.engine import EngineDead
+from skippy.engine import EngineDead, TrainOptions
 from skippy.server import cli
 from skippy.server.settings import Settings, flag_of, setting_names
 
@@ -40,7 +40,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, command: str) -> list[cli.Invocatio
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "what to do.*serve, generate, bench, verify"),
+        ("", "what to do.*serve, generate, bench, train, verify"),
         ("sevre", "unknown command 'sevre'; did you mean serve"),
         ("--versio", "unknown flag --versio; did you mean --version"),
         ("serve --max-model-length 9", "unknown flag --max-model-length; did you mean --max-model-len"),
@@ -60,6 +60,18 @@ def capture(monkeypatch: pytest.MonkeyPatch, command: str) -> list[cli.Invocatio
         ("bench --prompts f --batch-sizes ,", "--batch-sizes: expected at least one value, got ','"),
         ("bench --prompts f --drafters ,", "--drafters: expected at least one value, got ','"),
         ("bench --prompts f --batch-sizes 1,x", "--batch-sizes: invalid batch_sizes value"),
+        ("train", "train needs --output DIR"),
+        ("train -o x --steps many", "--steps: invalid int value"),
+        ("train -o x --steps 0", "steps must be at least 1"),
+        ("train -o x --drafter none", "unknown flag --drafter"),
+        ("train /no/such/folder -o x", "no model folder '/no/such/folder'"),
+        ("train -o x --data /no/such/file", "cannot read /no/such/file"),
+        ("train -o x --exclude /no/such/file", "cannot read /no/such/file"),
+        ("train -o x --skip-start 0 --skip-end 10", r"skip band \[0, 10\) leaves no layer"),
+        ("train -o x --length 3000", "length 3000 exceeds the 2048 positions"),
+        ("train -o x --sequences 8", "8 sequences are too few"),
+        ("train -o x --dtype float16", "float16 has too small a range"),
+        ("train -o /dev/null/x", "cannot write to /dev/null/x"),
         ("verify", "required: URL"),
         ("verify localhost:8000 --count 0", "--count: must be at least 1"),
     ],
@@ -117,6 +129,17 @@ def test_generate_ignores_settings_of_the_server_but_knows_them(monkeypatch: pyt
     assert (options["prompt"], options["seed"], options["top_k"], options["ignore_eos"]) == ("x", 3, None, True)
     assert (options["max_tokens"], options["temperature"]) == (128, 0.0)
     assert calls[0].settings.drafter == "none"
+
+
+def test_train_has_the_defaults_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = capture(monkeypatch, "train")
+    assert cli.main(["train", "-o", "x"]) == 0
+    assert cli.main(["train", "m", "-o", "x", "--num-speculative-tokens", "9", "--no-recurrent", "--fused"]) == 0
+    options = [dict(call.options) for call in calls]
+    assert [option.pop("output") for option in options] == ["x", "x"]
+    assert TrainOptions(**options[0]) == TrainOptions()
+    assert TrainOptions(**options[1]) == TrainOptions(num_speculative_tokens=9, recurrent=False, fused=True)
+    assert [call.settings for call in calls] == [Settings(), Settings(model="m")]
 
 
 @pytest.mark.parametrize("command", ["serve", "generate", "bench"])

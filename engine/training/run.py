@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from skippy.engine.adapter import AdapterConfig, S3DAdapter
@@ -105,6 +106,8 @@ def run_training(config: EngineConfig, options: TrainOptions, output: str) -> in
         run.save()
         display.keep(f"interrupted at step {trainer.step}: the same command goes on from there")
         raise
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"cannot write to {job.folder}: {error}; the last checkpoint is kept.") from error
     return 0
 
 

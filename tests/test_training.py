@@ -1,0 +1,604 @@
+"""Training: the rows of serving, the loss of the textbook, the walk of the engine; and it can stop anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file
+from support_engine import run_dry, write_checkpoint
+from torch import Tensor
+
+from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
+from skippy.engine.adapter import S3DAdapter
+from skippy.engine.adapter_files import load_adapter, save_adapter
+from skippy.engine.chain import draft_chain
+from skippy.engine.drafters import s3d
+from skippy.engine.errors import TrainingError
+from skippy.engine.model import CausalLM
+from skippy.engine.training import loss as loss_module
+from skippy.engine.training import run as run_module
+from skippy.engine.training import trainer as trainer_module
+from skippy.engine.training.data import SHORTEST_OPENING, Sample, generate_samples, temperature_of, without_overlap
+from skippy.engine.training.files import load_samples, save_samples
+from skippy.engine.training.loss import draft_loss, teacher_tops
+from skippy.engine.training.options import TrainOptions, adapter_budget, default_band
+from skippy.engine.training.passes import draft_rows, teach
+from skippy.engine.training.run import load_base, run_training
+from skippy.engine.training.trainer import Trainer, hold_out, step_loss
+from skippy.engine.training.walk import accepted_counts
+from skippy.engine.weights import open_checkpoint, parse_config
+
+OPTIONS = TrainOptions(
+    steps=12,
+    sequences=32,
+    length=40,
+    batch_size=4,
+    anchors=6,
+    num_speculative_tokens=3,
+    lora_rank=2,
+    head_size=16,
+    bridge_rank=4,
+)
+FILES = {"adapter.json", "adapter.safetensors", "data.safetensors", "progress.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> EngineConfig:
+    return EngineConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1, max_num_seqs=8)
+
+
+@pytest.fixture(scope="module")
+def model(config: EngineConfig) -> CausalLM:
+    return load_base(open_checkpoint(config.model), config, 256)
+
+
+@pytest.fixture(scope="module")
+def samples(config: EngineConfig) -> list[Sample]:
+    return generate_samples(Engine(replace(config, drafter="none")), [], 48, 40, 0, lambda _: None)
+
+
+@pytest.fixture
+def adapter(config: EngineConfig, tmp_path: Path) -> S3DAdapter:
+    """One whose every part does something, as it is read back from `tmp_path`."""
+    checkpoint = open_checkpoint(config.model)
+    torch.manual_seed(1)
+    adapter = S3DAdapter(OPTIONS.adapter_config(checkpoint.config, 1_000_000), checkpoint.config)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    save_adapter(tmp_path, adapter, checkpoint, {})
+    return load_adapter(tmp_path, checkpoint, torch.float32, torch.device("cpu"))
+
+
+def trainable(adapter: S3DAdapter) -> S3DAdapter:
+    return adapter.requires_grad_(True)
+
+
+class TestData:
+    def test_a_sample_is_what_the_engine_answers_to_its_opening(
+        self, config: EngineConfig, samples: list[Sample]
+    ) -> None:
+        sample = samples[5]
+        assert sample.temperature == 0.8
+        params = SamplingParams(
+            max_tokens=len(sample.tokens) - sample.start,
+            temperature=sample.temperature,
+            seed=sample.seed,
+            ignore_eos=True,
+        )
+        outputs = run_dry(Engine(config), [Request("x", tuple(sample.tokens[: sample.start]), params)])
+        assert [t for part in outputs["x", 0] for t in part.token_ids] == sample.tokens[sample.start :]
+
+    def test_sequences_are_of_one_length_of_every_temperature_and_repeatable(
+        self, config: EngineConfig, samples: list[Sample]
+    ) -> None:
+        assert {len(sample.tokens) for sample in samples} == {40}
+        assert [sample.temperature for sample in samples] == [temperature_of(place) for place in range(48)]
+        assert {temperature_of(place) for place in range(0, 48, 2)} == {0.0, 0.8, 1.0}
+        assert all(SHORTEST_OPENING < sample.start <= 20 for sample in samples)
+        again = generate_samples(Engine(config), [], 8, 40, 3, lambda _: None)
+        assert again == generate_samples(Engine(config), [], 8, 40, 3, lambda _: None)
+        assert again != generate_samples(Engine(config), [], 8, 40, 4, lambda _: None)
+
+    def test_prompts_open_up_to_half_of_the_sequences_each_once(self, config: EngineConfig) -> None:
+        few = [[5, 6, 7], [8] * 30, [5, 6, 7]]
+        opened = generate_samples(Engine(config), few, 12, 40, 0, lambda _: None)
+        starts = [tuple(sample.tokens[: sample.start]) for sample in opened]
+        assert starts.count((5, 6, 7)) == 1
+        assert starts.count((8,) * 20) == 1
+        many = [[10 + i, 3] for i in range(40)]
+        opened = generate_samples(Engine(config), many, 12, 40, 0, lambda _: None)
+        assert [sample.start == 2 for sample in opened] == [False, True] * 6
+
+    def test_texts_that_overlap_with_evaluation_texts_are_dropped(self) -> None:
+        words = [f"w{i}" for i in range(40)]
+        texts = {
+            (0,): " ".join(words[:20]),
+            (1,): "x " + "\n ".join(words[7:20]).upper() + " y",  # 13 words
+            (2,): "x " + " ".join(words[8:20]) + " y",  # 12 words
+            (3,): "",
+        }
+        samples = [Sample(list(tokens), 0, 0.0, 0) for tokens in texts]
+        kept = without_overlap(samples, lambda tokens: texts[tuple(tokens)], [" ".join(words[5:30]), "short"])
+        assert [sample.tokens for sample in kept] == [[2], [3]]
+
+    def test_samples_survive_the_disk(self, tmp_path: Path, samples: list[Sample]) -> None:
+        save_samples(tmp_path / "d.safetensors", samples, {"seconds": 1.5})
+        assert load_samples(tmp_path / "d.safetensors") == (samples, {"seconds": 1.5})
+        assert os.listdir(tmp_path) == ["d.safetensors"]
+
+    def test_a_damaged_file_is_told(self, tmp_path: Path, samples: list[Sample]) -> None:
+        file = tmp_path / "d.safetensors"
+        save_samples(file, samples, {})
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(TrainingError, match="cannot be read"):
+            load_samples(file)
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("layers", "band"), [(1, (0, 0)), (2, (0, 1)), (3, (1, 2)), (5, (2, 4)), (10, (2, 8)), (32, (6, 26))]
+    )
+    def test_the_default_band(self, layers: int, band: tuple[int, int]) -> None:
+        assert default_band(layers) == band
+
+    @pytest.mark.parametrize("fused", [False, True])
+    @pytest.mark.parametrize(
+        ("sizes", "weight_bytes", "share"),
+        [
+            ((8192, 256, 704, 10, 4, 2), 18_960_680, 0.1),
+            ((512, 64, 172, 5, 8, 4), 1_044_992, 0.1),
+            ((128256, 2048, 8192, 16, 32, 8), 2_471_000_000, 0.01),
+        ],
+    )
+    def test_the_default_sizes_fill_the_budget(
+        self, sizes: tuple[int, ...], weight_bytes: int, share: float, fused: bool
+    ) -> None:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        raw = dict(zip((*names, "num_key_value_heads"), sizes, strict=True))
+        base = parse_config({**raw, "max_position_embeddings": 512, "tie_word_embeddings": True})
+        shape = TrainOptions(fused=fused).adapter_config(base, weight_bytes)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in S3DAdapter(shape, base).parameters())
+        assert count <= adapter_budget(base, weight_bytes) == int(weight_bytes * share / 2)
+        assert count > 0.7 * adapter_budget(base, weight_bytes)
+
+    def test_what_is_given_stands(self, model: CausalLM) -> None:
+        shape = replace(OPTIONS, skip_start=1, skip_end=2, recurrent=False).adapter_config(model.config, 10)
+        assert (shape.skip_start, shape.skip_end, shape.recurrent) == (1, 2, False)
+        assert (shape.lora_rank, shape.head_size, shape.bridge_rank) == (2, 16, 4)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"steps": 0}, "steps must be at least 1"),
+            ({"seed": -1}, "seed must be"),
+            ({"learning_rate": math.nan}, "learning_rate must be above 0"),
+            ({"tv_share": 1.5}, "tv_share must be between 0 and 1"),
+            ({"anchors": 38}, "length 40 has no room for 38 anchors"),
+        ],
+    )
+    def test_values_out_of_range(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            replace(OPTIONS, **changes)
+
+
+class TestRows:
+    def test_training_rows_are_serving_rows(
+        self,
+        config: EngineConfig,
+        model: CausalLM,
+        adapter: S3DAdapter,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        seen: list[tuple[int, Tensor]] = []
+
+        def record(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, newest: Tensor, prospects: Any) -> Tensor:
+            seen.append((prospects[0].index - 1, hidden[0].clone()))
+            return draft_chain(model, adapter, hidden, newest, prospects)
+
+        monkeypatch.setattr(s3d, "draft_chain", record)
+        engine = Engine(replace(config, adapter=str(tmp_path), drafter="s3d"))
+        params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+        prompt = (1, 7, 30, 11)
+        outputs = run_dry(engine, [Request("x", prompt, params, num_speculative_tokens=3)])
+        tokens = [*prompt, *(t for part in outputs["x", 0] for t in part.token_ids)]
+        teaching = teach(model, adapter, torch.tensor([tokens]))
+        assert len(seen) > 10
+        for anchor, hidden in seen:
+            trained = draft_rows(model, adapter, teaching, torch.tensor([[anchor]]))[0, 0]
+            torch.testing.assert_close(trained[: len(hidden)], hidden, atol=1e-4, rtol=1e-4)
+
+    def test_anchors_do_not_see_each_other_nor_the_future(self, model: CausalLM, adapter: S3DAdapter) -> None:
+        tokens = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(0))
+        changed = tokens.clone()
+        changed[:, 13:] = 5
+        anchors = torch.tensor([[12, 3, 20], [12, 8, 25]])
+        rows = draft_rows(model, adapter, teach(model, adapter, tokens), anchors)
+        alone = draft_rows(model, adapter, teach(model, adapter, changed), anchors[:, :1])
+        torch.testing.assert_close(rows[:, :1], alone, atol=1e-5, rtol=1e-5)
+
+
+class TestLoss:
+    @pytest.mark.parametrize("tv_share", [0.0, 0.7, 1.0])
+    def test_value_and_gradient_are_the_textbooks(self, tv_share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(loss_module, "CHUNK", 97 * 4)  # several chunks, the last one smaller
+        torch.manual_seed(0)
+        head, teacher = torch.randn(97, 16), torch.randn(11, 16)
+        drafter = torch.randn(11, 16, requires_grad=True)
+        ids, probs = teacher_tops(teacher, head)
+        p = (teacher @ head.t()).softmax(-1)
+        torch.testing.assert_close(probs, p.gather(1, ids))
+        assert (probs.sum(-1) > 0.95).all()
+
+        q = (drafter @ head.t()).softmax(-1).gather(1, ids)
+        kl, tv = (probs * (probs / q).log()).sum(-1), (probs - torch.minimum(probs, q)).sum(-1)
+        naive = tv_share * tv + (1 - tv_share) * kl
+        weights = torch.rand(11)
+        (wanted,) = torch.autograd.grad((naive * weights).sum(), drafter)
+        loss = draft_loss(drafter, head, ids, probs, tv_share)
+        (gradient,) = torch.autograd.grad((loss * weights).sum(), drafter)
+        torch.testing.assert_close(loss, naive)
+        torch.testing.assert_close(gradient, wanted)
+
+    def test_a_drafter_that_is_sure_and_wrong_costs_much_but_not_infinitely(self) -> None:
+        head = torch.eye(97) * 200
+        ids, probs = teacher_tops(torch.eye(97)[:3], head)
+        drafter = torch.eye(97)[3:6].clone().requires_grad_()
+        loss = draft_loss(drafter, head, ids, probs, 0.5)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        assert drafter.grad is not None
+        assert loss.isfinite().all()
+        assert drafter.grad.isfinite().all()
+
+    def test_a_drafter_that_is_the_model_costs_nothing(self, model: CausalLM, samples: list[Sample]) -> None:
+        """With nothing skipped and no adapter, the first rows are the model's own."""
+        options = TrainOptions(
+            skip_start=0,
+            skip_end=0,
+            lora_rank=0,
+            head_size=0,
+            bridge_rank=0,
+            num_speculative_tokens=1,
+            length=40,
+            anchors=9,
+        )
+        adapter = S3DAdapter(options.adapter_config(model.config, 10), model.config)
+        loss = step_loss(model, adapter, samples[:4], 9, 0.5, torch.Generator().manual_seed(0))
+        assert loss.item() < 1e-4
+
+
+class TestWalk:
+    @pytest.mark.parametrize("temperature", [0.0, 0.8])
+    def test_it_accepts_what_the_engine_accepts(
+        self,
+        config: EngineConfig,
+        model: CausalLM,
+        adapter: S3DAdapter,
+        samples: list[Sample],
+        tmp_path: Path,
+        temperature: float,
+    ) -> None:
+        engine = Engine(replace(config, adapter=str(tmp_path), drafter="s3d"))
+        accepted: list[int] = []
+        for sample in [s for s in samples if s.temperature == temperature][:8]:
+            params = SamplingParams(
+                max_tokens=len(sample.tokens) - sample.start,
+                temperature=temperature,
+                seed=sample.seed,
+                ignore_eos=True,
+            )
+            request = Request("x", tuple(sample.tokens[: sample.start]), params, num_speculative_tokens=3)
+            outputs = run_dry(engine, [request])["x", 0]
+            assert [t for part in outputs for t in part.token_ids] == sample.tokens[sample.start :]
+            walked = list(accepted_counts(model, adapter, sample))
+            # The first step computes the prompt; the last ones draft beyond the end of the text.
+            assert walked == [len(part.token_ids) - 1 for part in outputs[1 : 1 + len(walked)]]
+            assert sum(len(part.token_ids) for part in outputs[1 + len(walked) :]) <= 3
+            accepted += walked
+        assert any(accepted)
+
+
+class TestTrainer:
+    def test_the_base_stays_and_the_adapter_changes(
+        self, model: CausalLM, adapter: S3DAdapter, samples: list[Sample]
+    ) -> None:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        parts = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+        trainer = Trainer(model, trainable(adapter), samples, OPTIONS)
+        for _ in range(4):  # KL alone, and then with TV
+            assert math.isfinite(trainer.run_step())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert [name for name, tensor in adapter.state_dict().items() if torch.equal(tensor, parts[name])] == []
+
+    def test_held_out_texts_are_never_trained_on(
+        self, model: CausalLM, adapter: S3DAdapter, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[int, ...]] = []
+
+        def record(_model: CausalLM, _adapter: S3DAdapter, batch: list[Sample], *_: object) -> Tensor:
+            seen.extend(tuple(sample.tokens) for sample in batch)
+            return sum((p.sum() * 0 for p in adapter.parameters()), torch.zeros(()))
+
+        monkeypatch.setattr(trainer_module, "step_loss", record)
+        trainer = Trainer(model, trainable(adapter), samples, OPTIONS)
+        for _ in range(18):  # two epochs of 36 sequences
+            trainer.run_step()
+        assert sorted(seen) == sorted([tuple(sample.tokens) for sample in samples[:36]] * 2)
+        assert seen[:36] != seen[36:]
+        assert all(sample in samples[36:] for part in trainer.held_out for sample in part)
+        assert {s.temperature for s in trainer.held_out.greedy} == {0.0}
+        assert {s.temperature for s in trainer.held_out.sampled} == {0.8}
+
+    def test_at_most_so_many_are_held_out(self) -> None:
+        samples = [Sample([i], 0, temperature_of(i), i) for i in range(2048)]
+        training, held_out = hold_out(samples, 8)
+        assert training == samples[:-96]
+        assert (len(held_out.greedy), len(held_out.sampled)) == (24, 24)
+
+    @pytest.mark.parametrize(("count", "batch_size"), [(0, 1), (8, 1), (48, 37)])
+    def test_too_few_sequences(self, count: int, batch_size: int) -> None:
+        with pytest.raises(ConfigError, match=f"{count} sequences are too few"):
+            hold_out([Sample([i], 0, temperature_of(i), i) for i in range(count)], batch_size)
+
+    def test_a_loss_that_is_not_finite_ends_it_and_changes_nothing(
+        self, model: CausalLM, adapter: S3DAdapter, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trainer = Trainer(model, trainable(adapter), samples, OPTIONS)
+        before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+        monkeypatch.setattr(
+            trainer_module, "step_loss", lambda *_: sum(p.sum() for p in adapter.parameters()) * math.nan
+        )
+        with pytest.raises(TrainingError, match="step 1: the loss is nan"):
+            trainer.run_step()
+        assert trainer.step == 0
+        assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.state_dict().items())
+
+    def test_a_short_training_drafts_better(self, config: EngineConfig, tmp_path: Path) -> None:
+        small = write_checkpoint(tmp_path / "small", num_hidden_layers=4, vocab_size=24, hidden_size=32)
+        config = replace(config, model=str(small))
+        samples = generate_samples(Engine(config), [], 128, 40, 0, lambda _: None)
+        checkpoint = open_checkpoint(config.model)
+        options = replace(OPTIONS, steps=80, batch_size=8, anchors=24, learning_rate=5e-3, lora_rank=8, head_size=64)
+        torch.manual_seed(0)
+        adapter = S3DAdapter(options.adapter_config(checkpoint.config, 10), checkpoint.config)
+        trainer = Trainer(load_base(checkpoint, config, 40), adapter, samples, options)
+        before = trainer.walk()
+        losses = [trainer.run_step() for _ in range(options.steps)]
+        after = trainer.walk()
+        assert sum(losses[-8:]) < sum(losses[:8])
+        assert after.greedy.tokens_per_step > before.greedy.tokens_per_step + 0.1
+        assert after.sampled.tokens_per_step > before.sampled.tokens_per_step + 0.1
+        depths = after.greedy.by_depth
+        assert depths == sorted(depths, reverse=True)
+        assert after.greedy.tokens_per_step == pytest.approx(1 + sum(depths))
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action: str) -> None:
+    """Let a step of a training be its last."""
+    run_step = Trainer.run_step
+
+    def run(trainer: Trainer) -> float:
+        if trainer.step == step and action == "fail":
+            raise TrainingError("step failed")
+        value = run_step(trainer)
+        if trainer.step == step and action == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        return value
+
+    monkeypatch.setattr(Trainer, "run_step", run)
+
+
+def steps_recorded(output: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (output / "progress.jsonl").read_text().splitlines()]
+
+
+def result_of(output: Path) -> dict[str, Any]:
+    """What a finished folder holds, without the seconds that it took."""
+    lines = [json.loads(line) for line in (output / "progress.jsonl").read_text().splitlines()]
+    return {
+        "adapter": (output / "adapter.safetensors").read_bytes(),
+        "progress": [{k: v for k, v in line.items() if not k.endswith("seconds")} for line in lines],
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(config: EngineConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training that nothing interrupted."""
+    output = tmp_path_factory.mktemp("finished") / "new" / "folder"
+    assert run_training(config, OPTIONS, str(output)) == 0
+    return output
+
+
+class TestRun:
+    def test_what_a_finished_folder_holds(self, config: EngineConfig, finished: Path) -> None:
+        assert set(os.listdir(finished)) == FILES
+        adapter = load_adapter(finished, open_checkpoint(config.model), torch.float32, torch.device("cpu"))
+        assert adapter.config == OPTIONS.adapter_config(open_checkpoint(config.model).config, 10)
+        assert load_file(finished / "data.safetensors")["tokens"].shape == (32, 40)
+        assert load_file(finished / "data.safetensors")["tokens"].dtype == torch.int32
+        lines = [json.loads(line) for line in (finished / "progress.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 13))
+        for line in lines:
+            assert 0 < line["seconds"] <= line["total_seconds"] - line["generation_seconds"]
+            assert len(line["sampled"]["by_depth"]) == 3
+
+    def test_the_engine_drafts_with_it(self, config: EngineConfig, finished: Path) -> None:
+        engine = Engine(replace(config, adapter=str(finished)))
+        assert engine.info.drafter == "s3d"
+        outputs = run_dry(engine, [Request("x", (1, 2), SamplingParams(max_tokens=8, ignore_eos=True))])
+        assert outputs["x", 0][-1].counts.drafted > 0
+
+    def test_run_again_it_does_nothing(
+        self, config: EngineConfig, finished: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = {file: file.stat().st_mtime_ns for file in finished.iterdir()}
+        assert run_training(config, OPTIONS, str(finished)) == 0
+        assert "nothing to do" in capsys.readouterr().err
+        assert {file: file.stat().st_mtime_ns for file in finished.iterdir()} == before
+
+    def test_a_killed_run_goes_on_as_if_nothing_had_been(
+        self, config: EngineConfig, finished: Path, tmp_path: Path
+    ) -> None:
+        script = (
+            "import os, signal, sys\n"
+            "from skippy.engine import EngineConfig, TrainOptions\n"
+            "from skippy.engine.training import run\n"
+            "run.CHECKPOINT_SECONDS = 0\n"
+            "save = run._Run.save\n"
+            "def save_and_die(self):\n"
+            "    save(self)\n"
+            "    if self.trainer.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "run._Run.save = save_and_die\n"
+            f"run.run_training({config!r}, {OPTIONS!r}, sys.argv[1])\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert set(os.listdir(tmp_path)) == {"checkpoint.safetensors", "data.safetensors", "progress.jsonl"}
+        with (tmp_path / "progress.jsonl").open("a") as file:
+            file.write('{"step": 6}\n{"st')  # of a step whose checkpoint was never written
+        (tmp_path / "data.new").write_bytes(b"half")
+        assert run_training(config, OPTIONS, str(tmp_path)) == 0
+        assert result_of(tmp_path) == result_of(finished)
+        assert not (tmp_path / "checkpoint.safetensors").exists()
+
+    def test_an_interrupt_waits_for_the_step_and_is_gone_on_from(
+        self,
+        config: EngineConfig,
+        finished: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 7, "interrupt")
+            with pytest.raises(KeyboardInterrupt):
+                run_training(config, OPTIONS, str(tmp_path))
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            "interrupted at step 7: the same command goes on from there"
+        )
+        assert steps_recorded(tmp_path) == [1, 2, 3, 4, 5, 6]
+        with pytest.raises(ConfigError, match=r"checkpoint.safetensors was made with another steps \(12, now 13\)"):
+            run_training(config, replace(OPTIONS, steps=13), str(tmp_path))
+        assert run_training(config, OPTIONS, str(tmp_path)) == 0
+        assert "from step 7 to 12" in capsys.readouterr().err
+        assert result_of(tmp_path) == result_of(finished)
+
+    def test_an_interrupt_while_the_text_is_written_leaves_nothing(
+        self, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(run_module.Display, "show", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            run_training(config, OPTIONS, str(tmp_path))
+        assert "nothing of it is kept" in capsys.readouterr().err
+        assert os.listdir(tmp_path) == []
+
+    def test_an_error_keeps_the_last_good_checkpoint(
+        self, config: EngineConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 8, "fail")
+            with pytest.raises(TrainingError, match="step failed"):
+                run_training(config, OPTIONS, str(tmp_path))
+        assert load_file(tmp_path / "checkpoint.safetensors")["step"] == 8
+        assert run_training(config, OPTIONS, str(tmp_path)) == 0
+        assert result_of(tmp_path) == result_of(finished)
+
+    @pytest.mark.parametrize(
+        ("changes", "name"),
+        [
+            ({"learning_rate": 1e-3}, "learning_rate"),
+            ({"recurrent": False}, "recurrent"),
+            ({"skip_end": 2}, "skip_end"),
+        ],
+    )
+    def test_other_options_need_another_folder(
+        self, config: EngineConfig, finished: Path, changes: dict[str, Any], name: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=rf"adapter.json was made with another {name} .*another folder"):
+            run_training(config, replace(OPTIONS, **changes), str(finished))
+
+    def test_text_of_other_options_or_another_model_is_not_trained_on(
+        self, config: EngineConfig, finished: Path, tmp_path: Path
+    ) -> None:
+        output = tmp_path / "output"
+        output.mkdir()
+        (output / "data.safetensors").write_bytes((finished / "data.safetensors").read_bytes())
+        with pytest.raises(ConfigError, match=r"data\.safetensors was made with another length"):
+            run_training(config, replace(OPTIONS, length=41), str(output))
+        other = write_checkpoint(tmp_path / "other", num_hidden_layers=4, vocab_size=98)
+        with pytest.raises(ConfigError, match=r"data\.safetensors was made with another model: use"):
+            run_training(replace(config, model=str(other)), OPTIONS, str(output))
+        # Only what the text depends on counts.
+        assert run_training(config, replace(OPTIONS, steps=1), str(output)) == 0
+
+    def test_prompts_are_continued_and_overlaps_are_dropped(
+        self, byte_level: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = write_checkpoint(tmp_path / "model", num_hidden_layers=4, vocab_size=258)
+        backend: tokenizers.Tokenizer = byte_level()
+        backend.save(str(model / "tokenizer.json"))
+        prompts, excluded = tmp_path / "prompts.jsonl", tmp_path / "excluded.jsonl"
+        texts = [f"{i} b c d e f g h i j k l m n" for i in range(10, 20)]  # the last word is written on
+        prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        solution = {"prompt": f"x {texts[0][:9]}", "canonical_solution": texts[0][9:]}
+        excluded.write_text(json.dumps(solution) + "\n\n" + json.dumps({"turns": ["y", f"z {texts[1]}"]}) + "\n")
+        config = EngineConfig(model=str(model), device="cpu", dtype="float32", num_threads=1)
+        options = replace(OPTIONS, steps=1, length=60, data=str(prompts), exclude=str(excluded))
+        assert run_training(config, options, str(tmp_path / "out")) == 0
+        assert f"2 sequences overlap with {excluded}" in capsys.readouterr().err
+        samples, _ = load_samples(tmp_path / "out" / "data.safetensors")
+        assert len(samples) == 30
+        openings = {backend.decode(sample.tokens[: sample.start]) for sample in samples}
+        assert openings & set(texts) == set(texts[2:])
+        prompts.write_text('{"prompt": "another"}\n')
+        with pytest.raises(ConfigError, match="made with another data: use another folder"):
+            run_training(config, options, str(tmp_path / "out"))
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [('{"text": 1}\n', "line 1: it has neither"), ("\n{\n", "line 2: "), ('{"turns": [1]}', "line 1: Expected")],
+    )
+    def test_a_bad_line_of_the_excluded_texts(
+        self, config: EngineConfig, tmp_path: Path, content: str, message: str
+    ) -> None:
+        (tmp_path / "e.jsonl").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            run_training(config, replace(OPTIONS, exclude=str(tmp_path / "e.jsonl")), str(tmp_path / "out"))
+
+    @pytest.mark.parametrize("content", [b"", b"\x08" * 64])
+    def test_a_damaged_checkpoint_is_told(
+        self, config: EngineConfig, finished: Path, tmp_path: Path, content: bytes
+    ) -> None:
+        (tmp_path / "data.safetensors").write_bytes((finished / "data.safetensors").read_bytes())
+        (tmp_path / "checkpoint.safetensors").write_bytes(content)
+        with pytest.raises(TrainingError, match=r"checkpoint\.safetensors cannot be read"):
+            run_training(config, OPTIONS, str(tmp_path))
+
+    @pytest.mark.parametrize("content", ["[", "[]", "{}", '{"training": {"by": "hand"}}'])
+    def test_a_folder_with_a_foreign_adapter_is_left_alone(
+        self, config: EngineConfig, tmp_path: Path, content: str
+    ) -> None:
+        (tmp_path / "adapter.json").write_text(content)
+        with pytest.raises(ConfigError, match="use another folder"):
+            run_training(config, OPTIONS, str(tmp_path))
+        assert (tmp_path / "adapter.json").read_text() == content
