@@ -5,10 +5,14 @@ where a KV block ends, so a row at position p always reads (p // block_size + 1)
 blocks, whoever shares the pass; slots beyond p are masked. Row counts are padded to a
 multiple that was measured to give every row the same bits (see `linear`). A padding row
 is simply the next row of the pass, read along and thrown away.
+
+Riders (see `tensors.RiderSegment`) come behind all these rows and are read by none of them.
+Their tokens are drafts, so their bits need not be the same in every pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from skippy.engine.kv import KVPool
 from skippy.engine.linear import MULTIPLES
-from skippy.engine.tensors import Segment
+from skippy.engine.tensors import RiderSegment, Segment
 
 
 class PassAttention(Protocol):
@@ -34,7 +38,7 @@ class PassAttention(Protocol):
 
 
 class AttentionBackend(Protocol):
-    def begin(self, segments: list[Segment], slots: Tensor) -> PassAttention: ...
+    def begin(self, segments: list[Segment], slots: Tensor, riders: Sequence[RiderSegment] = ()) -> PassAttention: ...
 
     @property
     def slack_rows(self) -> int:
@@ -57,14 +61,15 @@ class SDPAAttention:
         self.scale = scale
         self._max_base = -(-max_len // pool.block_size) * pool.block_size
         self._mask = self._mask_table()
+        self._ancestors: dict[tuple[int, int], Tensor] = {}
         self.multiple = self._measure_multiple()
 
     @property
     def slack_rows(self) -> int:
         return self.multiple - 1
 
-    def begin(self, segments: list[Segment], slots: Tensor) -> PassAttention:
-        return _SDPAPass(self, segments, slots)
+    def begin(self, segments: list[Segment], slots: Tensor, riders: Sequence[RiderSegment] = ()) -> PassAttention:
+        return _SDPAPass(self, segments, slots, riders)
 
     def mask(self, position: int, rows: int) -> Tensor:
         """Additive causal mask [rows * group, slots] of `rows` rows from `position` on.
@@ -75,6 +80,14 @@ class SDPAAttention:
         offset = position % self.pool.block_size
         base = position - offset
         return self._mask[offset * self.group : (offset + rows) * self.group, self._max_base - base :]
+
+    def rider_mask(self, riders: RiderSegment) -> Tensor:
+        """Additive mask [riders * group, slots]. What precedes the ridden rows is seen by all."""
+        shape = (riders.num_ridden, riders.width)
+        if shape not in self._ancestors:
+            self._ancestors[shape] = self._ancestor_mask(*shape)
+        slots = len(riders.table) * self.pool.block_size
+        return F.pad(self._ancestors[shape][:, : slots - riders.position], (riders.position, 0))
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """queries [1, kv_heads, rows * group, head_dim]; keys, values [1, kv_heads, slots, head_dim]."""
@@ -88,6 +101,16 @@ class SDPAAttention:
         mask = torch.zeros(len(row), column.shape[1], dtype=self.pool.keys.dtype, device=device)
         mask.masked_fill_(column > self._max_base + row, float("-inf"))
         return mask.repeat_interleave(self.group, dim=0)
+
+    def _ancestor_mask(self, num_ridden: int, width: int) -> Tensor:
+        """[riders * group, ridden rows + riders + block_size]; nobody sees the last block_size columns."""
+        device = self.pool.keys.device
+        behind = torch.arange(num_ridden, device=device).repeat_interleave(width)  # which row each rides behind
+        rows = torch.arange(num_ridden, device=device) <= behind[:, None]
+        own = (behind == behind[:, None]).tril()
+        seen = F.pad(torch.cat((rows, own), 1), (0, self.pool.block_size))
+        mask = torch.zeros(seen.shape, dtype=self.pool.keys.dtype, device=device)
+        return mask.masked_fill_(~seen, float("-inf")).repeat_interleave(self.group, dim=0)
 
     def _measure_multiple(self) -> int:
         """The smallest multiple of rows for which every row comes out the same, to the bit."""
@@ -143,7 +166,9 @@ class SDPAAttention:
 
 
 class _SDPAPass:
-    def __init__(self, backend: SDPAAttention, segments: list[Segment], slots: Tensor) -> None:
+    def __init__(
+        self, backend: SDPAAttention, segments: list[Segment], slots: Tensor, riders: Sequence[RiderSegment]
+    ) -> None:
         self._backend = backend
         self._slots = slots
         self._parts = []
@@ -157,11 +182,18 @@ class _SDPAPass:
                     backend.mask(segment.position, rows),
                 )
             )
+        for part in riders:
+            own = slice(part.row * backend.group, (part.row + part.num_rows) * backend.group)
+            self._parts.append((own, own, backend.pool.locate(part.table), backend.rider_mask(part)))
+        self._first_rider = riders[0].row if riders else None
         # The usual step of a single client: one segment, padded, is the whole batch.
-        self._alone = len(segments) == 1 and self._parts[0][1] == slice(0, len(slots) * backend.group)
+        self._alone = len(self._parts) == 1 and self._parts[0][1] == slice(0, len(slots) * backend.group)
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         backend = self._backend
+        if self._first_rider is not None:
+            # Others read these slots masked, which does not help against NaN; no adapter may break their rows.
+            keys_values[self._first_rider :].nan_to_num_(0.0, 0.0, 0.0)
         backend.pool.write(layer, self._slots, keys_values)
         # Heads that share a KV head become rows of one product: [1, kv_heads, N * group, head_dim].
         rows, shape = len(queries), (-1, backend.num_kv_heads, backend.head_dim)

@@ -91,6 +91,23 @@ class BlockAllocator:
                 else:
                     self._state[block] = FREE
 
+    def trim(self, table: list[int], count: int) -> None:
+        """Give back what `table` holds beyond its first `count` blocks, none of it published.
+
+        What stands behind these is set aside: the table is expected to grow into it again.
+        """
+        while len(table) > count:
+            block = table.pop()
+            assert self._references[block] == 1, "nobody shares scratch"
+            assert block not in self._digest_of
+            self._references[block] = 0
+            self._num_held -= 1
+            if table and block == table[-1] + 1:
+                self._state[block] = ASIDE
+            else:
+                self._state[block] = FREE
+                self._unset_aside(block + 1)
+
     def share(self, digests: SequenceOf[Digest]) -> list[int]:
         """Hold the blocks of the longest known prefix of `digests`."""
         table: list[int] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -19,10 +19,10 @@ from skippy.engine.controller import Controller
 from skippy.engine.drafters.base import Drafter, Observer
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
-from skippy.engine.drafters.s3d import S3DDrafter
+from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
 from skippy.engine.errors import ConfigError, InvalidRequest
 from skippy.engine.model import full_plan
-from skippy.engine.runner import Rows
+from skippy.engine.runner import Computed, Rows
 from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
 from skippy.engine.scheduler import Schedule, Scheduler, Work
 from skippy.engine.sequence import Sequence
@@ -80,7 +80,11 @@ class Engine:
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
         known: list[Drafter] = [NoDrafter(), NgramDrafter()]
-        if built.adapter is not None:
+        self._fused: S3DFusedDrafter | None = None
+        if built.adapter is not None and built.adapter.config.fused:
+            self._fused = S3DFusedDrafter(built.runner, built.adapter, self.states)
+            known.append(self._fused)
+        elif built.adapter is not None:
             known.append(S3DDrafter(built.runner, built.adapter, self.states))
         self.drafters = {drafter.name: drafter for drafter in known}
         self._default_drafter = self._choose_drafter()
@@ -126,7 +130,9 @@ class Engine:
         wanted = request.num_speculative_tokens
         if wanted is None:
             wanted = self._config.num_speculative_tokens
-        adaptive = wanted is None and drafter == S3DDrafter.name
+        max_draft = 0 if drafter == NoDrafter.name else self._default_width(drafter) if wanted is None else wanted
+        if drafter == S3DDrafter.name and self._controller:
+            max_draft = min(max_draft, self._controller.most)
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
@@ -134,10 +140,11 @@ class Engine:
                 index=index,
                 seed=seed,
                 drafter=drafter,
-                max_draft=0 if drafter == NoDrafter.name else self._default_width(drafter) if wanted is None else wanted,
-                adaptive=adaptive,
+                max_draft=max_draft,
+                adaptive=wanted is None and drafter == S3DDrafter.name,
                 end_ids=ends,
                 tokens=list(request.prompt_token_ids),
+                rides=self.drafters[drafter] is self._fused,
                 leader=sequences[0] if sequences else None,
             )
             state = self._sampling_state(sequence)
@@ -177,14 +184,14 @@ class Engine:
                 drafts = self._propose(schedule)
                 if any(work.lookahead for work in schedule.work):
                     stats.draft_seconds = clock.lap()
-                hidden, tapped = self.runner.compute(_rows(schedule, drafts), self._verify_plan, taps=self._taps())
-                logits = self.runner.logits(hidden)
+                computed = self._verify(schedule, drafts)
+                logits = self.runner.logits(computed.hidden)
                 groups = self._groups(schedule, drafts)
                 chosen = choose(_decision_rows(logits, schedule, drafts), groups) if groups else []
                 count_pass(stats, schedule, clock.lap())
                 # If it fails half-way, what was committed before is told all the same.
                 outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
-                self._show_observers(schedule, drafts, hidden, tapped)
+                self._show_drafters(schedule, drafts, computed)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
         self._inform_controller(schedule, width, stats)
@@ -196,12 +203,15 @@ class Engine:
 
     def _width(self) -> int:
         """How many tokens to draft for each sequence that leaves it to the controller."""
+        if self._controller is None:
+            return 0
         batch = sum(sequence.adaptive and sequence.decoding for sequence in self._scheduler.running)
-        return self._controller.width(batch) if self._controller and batch else 0
+        return self._controller.width(max(1, batch))
 
     def _inform_controller(self, schedule: Schedule, width: int, stats: StepStats) -> None:
         """Show what a step took if it was all of one kind: drafts of that width, and nothing else."""
-        if self._controller and all(work.sequence.adaptive and work.lookahead == width for work in schedule.work):
+        drafted = stats.draft_tokens == width * len(schedule.work)
+        if self._controller and drafted and all(work.sequence.adaptive for work in schedule.work):
             seconds = stats.draft_seconds + stats.verify_seconds
             if seconds and not stats.prefill_seconds:
                 self._controller.observe(len(schedule.work), width, seconds, stats.accepted_per_step)
@@ -226,14 +236,30 @@ class Engine:
                     drafts[place] = proposal
         return drafts
 
+    def _verify(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Computed:
+        """Every layer over the newest tokens and their drafts, and over riders for the drafts of the next step."""
+        rows = [
+            Rows(
+                tokens=work.sequence.tokens[work.start : work.start + work.num_known] + draft,
+                position=work.start,
+                table=work.sequence.table,
+                num_logits=work.num_logits(len(draft)),
+                riders=self._fused.adapter.mask_ids(work.riders) if self._fused else (),
+                num_ridden=len(draft) + 1,
+            )
+            for work, draft in zip(schedule.work, drafts, strict=True)
+        ]
+        adapter = None
+        if self._fused and any(part.riders for part in rows):
+            adapter = self._fused.bind(first_row=sum(len(part.tokens) for part in rows))
+        taps = {layer for d in self.drafters.values() if isinstance(d, Observer) for layer in d.taps}
+        return self.runner.compute(rows, self._verify_plan, adapter, taps)
+
     def _default_width(self, drafter: str) -> int:
         """The most tokens to draft for a request that does not say."""
         if drafter == S3DDrafter.name and self._controller:
             return self._controller.most
         return DEFAULT_SPECULATIVE_TOKENS
-
-    def _taps(self) -> set[int]:
-        return {layer for d in self.drafters.values() if isinstance(d, Observer) for layer in d.taps}
 
     def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
         return [
@@ -286,24 +312,29 @@ class Engine:
             finish = "length"
         return self._output(sequence, verdict.emitted, logits[-len(chosen) :], finish)
 
-    def _show_observers(
-        self, schedule: Schedule, drafts: SequenceOf[list[int]], hidden: Tensor, tapped: Mapping[int, Tensor]
-    ) -> None:
-        """Let the observing drafters see what the pass computed of their sequences' newest computed tokens."""
-        observers = {name: d for name, d in self.drafters.items() if isinstance(d, Observer)}
-        rows: dict[str, list[int]] = {name: [] for name in observers}
-        sequences: dict[str, list[Sequence]] = {name: [] for name in observers}
-        end = 0
+    def _show_drafters(self, schedule: Schedule, drafts: SequenceOf[list[int]], computed: Computed) -> None:
+        """Let drafters see what the pass computed at their sequences' newest computed tokens, and behind them."""
+        newest: dict[str, list[Sequence]] = {name: [] for name in self.drafters}
+        row_of: dict[Sequence, int] = {}
+        riders_of: dict[Sequence, Tensor] = {}
+        rows = riders = 0
         for work, draft in zip(schedule.work, drafts, strict=True):
-            end += work.num_logits(len(draft))
+            rows += work.num_logits(len(draft))
+            riders += (len(draft) + 1) * work.riders
             sequence = work.sequence
-            if sequence.drafter in rows and sequence.finish_reason is None:
+            if sequence.finish_reason is None:
                 unaccepted = work.start + work.num_known + len(draft) - sequence.computed
-                rows[sequence.drafter].append(end - 1 - unaccepted)
-                sequences[sequence.drafter].append(sequence)
-        for name, observer in observers.items():
-            newest = to_device(rows[name], hidden.device)
-            observer.observe(sequences[name], hidden[newest], {layer: x[newest] for layer, x in tapped.items()})
+                end = riders - unaccepted * work.riders
+                newest[sequence.drafter].append(sequence)
+                row_of[sequence] = rows - 1 - unaccepted
+                riders_of[sequence] = computed.riders[end - work.riders : end]
+        if self._fused:
+            self._fused.collect(riders_of)
+        for name, drafter in self.drafters.items():
+            if isinstance(drafter, Observer):
+                places = to_device([row_of[sequence] for sequence in newest[name]], computed.hidden.device)
+                tapped = {layer: x[places] for layer, x in computed.tapped.items()}
+                drafter.observe(newest[name], computed.hidden[places], tapped)
 
     def _output(
         self, sequence: Sequence, emitted: list[int], logits: Tensor | None, finish: FinishReason | None
@@ -416,18 +447,6 @@ class Engine:
             kv_bytes=pool.num_bytes,
             max_num_seqs=self._config.max_num_seqs,
         )
-
-
-def _rows(schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[Rows]:
-    return [
-        Rows(
-            tokens=work.sequence.tokens[work.start : work.start + work.num_known] + draft,
-            position=work.start,
-            table=work.sequence.table,
-            num_logits=work.num_logits(len(draft)),
-        )
-        for work, draft in zip(schedule.work, drafts, strict=True)
-    ]
 
 
 def _decision_rows(logits: Tensor, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Tensor:

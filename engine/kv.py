@@ -46,6 +46,15 @@ class KVPool:
         block, offset = divmod(position, self.block_size)
         return table[block] * self.block_size + offset
 
+    def slots(self, table: list[int], start: int, stop: int) -> list[int]:
+        """The slots of the positions from start to stop - 1."""
+        size = self.block_size
+        slots: list[int] = []
+        for block in range(start // size, -(-stop // size)):
+            first = self.slot(table, max(start, block * size))
+            slots += range(first, first + min(stop, (block + 1) * size) - max(start, block * size))
+        return slots
+
     def write(self, layer: int, slots: Tensor, keys_values: Tensor) -> None:
         """Store rows. slots [N] int64; keys_values [N, 2 * kv_heads, head_dim]."""
         self._layers[layer].index_copy_(0, slots, keys_values)

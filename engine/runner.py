@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,17 +14,35 @@ from skippy.engine.attention import AttentionBackend
 from skippy.engine.kv import KVPool
 from skippy.engine.linear import Tiling
 from skippy.engine.model import Adapter, CausalLM, Plan
-from skippy.engine.tensors import Segment, TokenBatch, to_device
+from skippy.engine.tensors import RiderSegment, Segment, TokenBatch, to_device
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Consecutive tokens of one sequence to be computed; the last `num_logits` of them are read."""
+    """Consecutive tokens of one sequence to be computed; the last `num_logits` of them are read.
+
+    Behind each of the last `num_ridden` rows ride the masks of `riders`, at the positions that
+    follow the row's. Their KV goes to the slots behind those of all the rows.
+    """
 
     tokens: SequenceOf[int]
     position: int
     table: list[int]
     num_logits: int
+    riders: SequenceOf[int] = ()
+    num_ridden: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.tokens)
+
+
+class Computed(NamedTuple):
+    """What a pass leaves besides KV."""
+
+    hidden: Tensor  # [M, hidden_size], the last hidden states of the rows that are read, not normalised
+    tapped: dict[int, Tensor]  # by layer, what entered it of these rows, [M, hidden_size]
+    riders: Tensor  # [R, hidden_size], the last hidden states of all riders
 
 
 class Runner:
@@ -40,22 +59,23 @@ class Runner:
 
         Returns float32 logits of the rows that asked for them, in order, [sum of num_logits, vocabulary].
         """
-        hidden, _ = self.compute(rows, plan, adapter)
-        return self.logits(hidden)
+        return self.logits(self.compute(rows, plan, adapter).hidden)
 
     @torch.inference_mode()
     def compute(
         self, rows: SequenceOf[Rows], plan: Plan, adapter: Adapter | None = None, taps: Collection[int] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    ) -> Computed:
         """Compute the rows and cache their KV at the layers of `plan`.
 
-        Returns the last hidden states of the rows that are read, in order, [M, hidden_size],
-        and by layer in `taps` what entered it, [M, hidden_size] each.
+        Args:
+            adapter: made for a pass in which the riders' rows follow all others.
+            taps: layers whose input is wanted.
         """
         batch = self._batch(rows)
-        attend = self._attention.begin(batch.segments, batch.slots)
+        attend = self._attention.begin(batch.segments, batch.slots, batch.riders)
         hidden, tapped = self.model(batch, plan, attend, adapter, taps)
-        return hidden[batch.logit_rows], {layer: x[batch.logit_rows] for layer, x in tapped.items()}
+        read = batch.logit_rows
+        return Computed(hidden[read], {layer: x[read] for layer, x in tapped.items()}, hidden[batch.rider_rows])
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -77,16 +97,26 @@ class Runner:
         logit_rows: list[int] = []
         size = self.pool.block_size
         for part in rows:
-            first, end = len(token_ids), part.position + len(part.tokens)
+            first, end = len(token_ids), part.end
             token_ids += part.tokens
             positions += range(part.position, end)
+            slots += self.pool.slots(part.table, part.position, end)
             for start in (part.position, *range((part.position // size + 1) * size, end, size)):
                 stop = min(end, (start // size + 1) * size)
-                slot = self.pool.slot(part.table, start)
-                slots += range(slot, slot + stop - start)
                 table = part.table[: start // size + 1]
                 segments.append(Segment(first + start - part.position, stop - start, start, table))
             logit_rows += range(len(token_ids) - part.num_logits, len(token_ids))
+        riders: list[RiderSegment] = []
+        last = self.model.max_len - 1  # what rides beyond drafts tokens that can never be
+        for part in rows:
+            if part.riders:
+                width, end = len(part.riders), part.end
+                stop = end + part.num_ridden * width
+                table, ridden = part.table[: -(-stop // size)], range(end - part.num_ridden, end)
+                riders.append(RiderSegment(len(token_ids), width, len(ridden), ridden.start, table))
+                token_ids += [*part.riders] * len(ridden)
+                positions += [min(row + 1 + place, last) for row in ridden for place in range(width)]
+                slots += self.pool.slots(table, end, stop)
         padding = self._tiling.padded(len(token_ids) + self._attention.slack_rows) - len(token_ids)
         token_ids += [0] * padding
         positions += [0] * padding
@@ -98,4 +128,5 @@ class Runner:
             slots=to_device(slots, device),
             segments=segments,
             logit_rows=to_device(logit_rows, device),
+            riders=riders,
         )

@@ -6,12 +6,16 @@ chunks, an output by its newest token and the drafted ones behind it. What runs 
 served before what waits, which is let in while rows, blocks and places last. A running
 sequence that finds no block preempts the newest one, which is recomputed later
 and, because its noise depends on token indices alone, goes on with the same tokens.
+
+Riders, the rows of a fused drafter, take rows and blocks that are left when all that is
+decided. Their blocks, like all that hold nothing but lookahead, go back after the step; so
+whatever runs, runs as if there were no riders.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from skippy.engine.blocks import BlockAllocator, extend_digests
 from skippy.engine.errors import InvalidRequest
@@ -25,13 +29,23 @@ PROMPT_LOGPROB_ROWS = 64
 class Work:
     """Rows of one sequence in one step: known tokens from `start`, then drafted ones.
 
-    Slots exist for `num_known + lookahead` rows from position `start`.
+    Slots exist for `num_slots` rows from position `start`.
     """
 
     sequence: Sequence
     start: int
     num_known: int
     lookahead: int
+    riders: int = 0
+    """How many rows ride behind each row that chooses a token."""
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_known + self.lookahead + self.num_riders
+
+    @property
+    def num_riders(self) -> int:
+        return self.riders * (self.lookahead + 1)
 
     @property
     def chooses(self) -> bool:
@@ -93,7 +107,7 @@ class Scheduler:
         """What the next step computes; blocks for all of it are held when this returns.
 
         Args:
-            width: the most tokens to draft for each adaptive sequence.
+            width: the most tokens to draft for each adaptive sequence, now and, by riders, next time.
         """
         work: list[Work] = []
         rows = self._max_rows
@@ -113,12 +127,14 @@ class Scheduler:
                 work.append(Work(sequence, sequence.computed, known, lookahead))
                 rows -= known + lookahead
         if not preempted:
-            self._admit(work, rows)
+            rows = self._admit(work, rows)
+        self._seat_riders(work, rows, width)
         return Schedule(work, preempted)
 
     def commit(self, sequence: Sequence, computed: int) -> None:
         """Count `computed` tokens as cached and verified, and publish the blocks they fill."""
         sequence.computed = computed
+        self._blocks.trim(sequence.table, self._blocks_for(len(sequence.tokens)))
         if not self._prefix_caching:
             return
         extend_digests(sequence.digests, sequence.tokens, self._block_size, computed)
@@ -134,7 +150,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._blocks.release(sequence.table)
 
-    def _admit(self, work: list[Work], rows: int) -> None:
+    def _admit(self, work: list[Work], rows: int) -> int:
+        """Let in what waits while there is room; returns how many rows are left."""
         passed_over: list[Sequence] = []
         while self.waiting and rows > 0 and len(self.running) < self._max_num_seqs:
             sequence = self.waiting.popleft()
@@ -149,6 +166,15 @@ class Scheduler:
             rows -= known
             self.running.append(sequence)
         self.waiting.extendleft(reversed(passed_over))
+        return rows
+
+    def _seat_riders(self, work: list[Work], rows: int, width: int) -> None:
+        """Give riders to work that chooses, while rows and blocks last. A sequence without goes undrafted next."""
+        for place, one in enumerate(work):
+            seated = replace(one, riders=self._wanted_riders(one, width))
+            if 0 < seated.num_riders <= rows and self._reserve(one.sequence, one.start + seated.num_slots):
+                work[place] = seated
+                rows -= seated.num_riders
 
     def _start(self, sequence: Sequence) -> bool:
         """Hold blocks for every known token, reusing verified ones; False if there are too few."""
@@ -171,7 +197,8 @@ class Scheduler:
         needed = self._blocks_for(slots) - len(sequence.table)
         if needed <= 0:
             return True
-        room = self._blocks_for(self._slots_at_most(sequence)) - len(sequence.table) - needed
+        riders = sequence.max_draft * (sequence.max_draft + 1) if sequence.rides else 0
+        room = self._blocks_for(self._slots_at_most(sequence) + riders) - len(sequence.table) - needed
         return self._blocks.extend(sequence.table, needed, max(0, room))
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -187,8 +214,14 @@ class Scheduler:
         """Drafts end one token before max_len: the verifier's own token is always the last."""
         if not sequence.decoding:
             return 0
-        most = min(sequence.max_draft, width) if sequence.adaptive else sequence.max_draft
-        return max(0, min(most, sequence.max_len - len(sequence.tokens) - 1))
+        return max(0, min(_most(sequence, width), sequence.max_len - len(sequence.tokens) - 1))
+
+    def _wanted_riders(self, work: Work, width: int) -> int:
+        """As many as the next step can draft tokens, which has at least one more that is known."""
+        sequence = work.sequence
+        if not sequence.rides or not work.chooses:
+            return 0
+        return max(0, min(_most(sequence, width), sequence.max_len - len(sequence.tokens) - 2))
 
     def _slots_at_most(self, sequence: Sequence) -> int:
         # The last token of an output is never fed back, so it needs no slot.
@@ -196,6 +229,10 @@ class Scheduler:
 
     def _blocks_for(self, slots: int) -> int:
         return -(-slots // self._block_size)
+
+
+def _most(sequence: Sequence, width: int) -> int:
+    return min(sequence.max_draft, width) if sequence.adaptive else sequence.max_draft
 
 
 def _rows_left(sequence: Sequence) -> int:

@@ -27,6 +27,8 @@ class Sequence:
     end_ids: frozenset[int]
     """Tokens that end the output: EOS ids (unless ignored) and stop ids."""
     tokens: list[int]
+    rides: bool = False
+    """Whether its drafts are made by rows that ride in the verify pass, so many behind each of its rows."""
     computed: int = 0
     table: list[int] = field(default_factory=list)
     """The KV blocks that hold it, in order."""

@@ -1,9 +1,15 @@
 """Self-speculative decoding by skipped layers and mask tokens (S3D, arXiv 2405.20314).
 
-The model drafts for itself. One pass through the layers outside the skip band, over the
-newest token and some masks, gives a token per row. Its rows read the verifier's own KV of
-everything before, and write theirs into the lookahead slots, where the verify pass of the
-same step will overwrite them: the drafter has no memory of its own.
+The model drafts for itself, in one of two ways, which the adapter decides:
+
+    separate  One pass through the layers outside the skip band, over the newest token and
+              some masks. Its rows read the verifier's own KV of everything before, and
+              write theirs into the lookahead slots, where the verify pass of the same step
+              will overwrite them: the drafter has no memory of its own.
+    fused     No pass at all: behind each verify row that chooses a token ride masks that
+              stand for that token and those after it. What the riders of the last accepted
+              row came to is the next draft, less the sequential head, which needs the token
+              chosen. One pass per step, of more rows.
 """
 
 from __future__ import annotations
@@ -13,8 +19,9 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from skippy.engine.adapter import S3DAdapter
+from skippy.engine.adapter import BoundAdapter, S3DAdapter
 from skippy.engine.chain import Prospect, draft_chain
 from skippy.engine.model import skipping_plan
 from skippy.engine.runner import Rows, Runner
@@ -23,7 +30,7 @@ from skippy.engine.sequence import Sequence
 from skippy.engine.tensors import to_device
 
 
-class S3DDrafter:
+class _S3D:
     """Drafts with the model of a runner and an adapter trained for it.
 
     Args:
@@ -33,10 +40,29 @@ class S3DDrafter:
     name = "s3d"
 
     def __init__(self, runner: Runner, adapter: S3DAdapter, states: Mapping[Sequence, SamplingState]) -> None:
-        config = adapter.config
         self.adapter = adapter
         self._runner = runner
         self._states = states
+
+    def _chains(self, sequences: SequenceOf[Sequence], hidden: SequenceOf[Tensor]) -> list[list[int]]:
+        """A token for every draft row. hidden [rows, hidden_size] of each sequence; some may have no rows."""
+        widths = [len(rows) for rows in hidden]
+        drafts = draft_chain(
+            self._runner.model,
+            self.adapter,
+            pad_sequence(list(hidden), batch_first=True),
+            to_device([s.tokens[-1] for s in sequences], hidden[0].device),
+            [Prospect(self._states[s], len(s.tokens)) for s in sequences],
+        ).tolist()
+        return [draft[:width] for draft, width in zip(drafts, widths, strict=True)]
+
+
+class S3DDrafter(_S3D):
+    """The separate kind."""
+
+    def __init__(self, runner: Runner, adapter: S3DAdapter, states: Mapping[Sequence, SamplingState]) -> None:
+        super().__init__(runner, adapter, states)
+        config = adapter.config
         self._plan = skipping_plan(runner.model.config, config.skip_start, config.skip_end)
         self._place: dict[Sequence, int] = {}
         self._context: Tensor | None = None  # [B, 2, hidden_size], of the sequences in _place
@@ -54,41 +80,39 @@ class S3DDrafter:
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         most = self.adapter.config.num_speculative_tokens
         # A step that failed half-way showed nothing of the sequences that it served.
-        known = [place for place, s in enumerate(sequences) if s in self._place]
-        proposals: list[list[int]] = [[] for _ in sequences]
-        if known:
-            widths = [min(limits[place], most) for place in known]
-            drafts = self._draft([sequences[place] for place in known], widths)
-            for place, width, draft in zip(known, widths, drafts.tolist(), strict=True):
-                proposals[place] = draft[:width]
-        return proposals
+        widths = [min(n, most) if s in self._place else 0 for s, n in zip(sequences, limits, strict=True)]
+        return self._draft(sequences, widths) if any(widths) else [[] for _ in sequences]
 
-    def _draft(self, sequences: SequenceOf[Sequence], widths: list[int]) -> Tensor:
-        """[B, widest] int64; what is beyond a sequence's width means nothing."""
-        rows = [
-            Rows([s.tokens[-1], *self.adapter.mask_ids(width - 1)], s.computed, s.table, width)
-            for s, width in zip(sequences, widths, strict=True)
-        ]
-        device = self._runner.pool.keys.device
+    def _draft(self, sequences: SequenceOf[Sequence], widths: list[int]) -> list[list[int]]:
+        drafting = [(s, width) for s, width in zip(sequences, widths, strict=True) if width]
+        rows = [Rows([s.tokens[-1], *self.adapter.mask_ids(n - 1)], s.computed, s.table, n) for s, n in drafting]
         assert self._context is not None
-        of_row = [self._place[s] for s, width in zip(sequences, widths, strict=True) for _ in range(width)]
-        context = self._context[to_device(of_row, device)]
-        hidden, _ = self._runner.compute(rows, self._plan, self.adapter.bind(context))
-        return draft_chain(
-            self._runner.model,
-            self.adapter,
-            _by_sequence(hidden, widths),
-            to_device([s.tokens[-1] for s in sequences], device),
-            [Prospect(self._states[s], len(s.tokens)) for s in sequences],
-        )
+        places = to_device([self._place[s] for s, n in drafting for _ in range(n)], self._context.device)
+        computed = self._runner.compute(rows, self._plan, self.adapter.bind(self._context[places]))
+        return self._chains(sequences, torch.split(computed.hidden, widths))
 
 
-def _by_sequence(hidden: Tensor, widths: SequenceOf[int]) -> Tensor:
-    """Rows [sum of widths, H] to [B, widest, H]; what is beyond a sequence's width is zero."""
-    widest = max(widths)
-    if min(widths) == widest:
-        return hidden.view(len(widths), widest, -1)
-    out = hidden.new_zeros(len(widths) * widest, hidden.shape[1])
-    places = [i * widest + row for i, width in enumerate(widths) for row in range(width)]
-    out[to_device(places, hidden.device)] = hidden
-    return out.view(len(widths), widest, -1)
+class S3DFusedDrafter(_S3D):
+    """The fused kind."""
+
+    def __init__(self, runner: Runner, adapter: S3DAdapter, states: Mapping[Sequence, SamplingState]) -> None:
+        super().__init__(runner, adapter, states)
+        self._riders: Mapping[Sequence, Tensor] = {}
+        self._nobody = adapter.masks.new_empty(0, runner.model.config.hidden_size)
+
+    def bind(self, first_row: int) -> BoundAdapter:
+        """The adapter of a pass with riders from `first_row` on."""
+        return self.adapter.bind(None, first_row)
+
+    def collect(self, riders: Mapping[Sequence, Tensor]) -> None:
+        """What the last pass made of the riders behind each sequence's newest computed token.
+
+        [riders, hidden_size] each, the last hidden states, not normalised; no rows if none rode.
+        """
+        self._riders = riders
+
+    @torch.inference_mode()
+    def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
+        # A step that failed half-way showed nothing of the sequences that it served.
+        riders = [self._riders.get(s, self._nobody)[:limit] for s, limit in zip(sequences, limits, strict=True)]
+        return self._chains(sequences, riders) if any(map(len, riders)) else [[] for _ in sequences]
