@@ -63,8 +63,10 @@ class Tally:
     prefill_chunks: int = 0
 
 
-def requests(params: SamplingParams, drafter: str, width: int = 4) -> Iterator[Request]:
+def requests(params: SamplingParams, drafter: str, widths: Sequence[int] = (4,)) -> Iterator[Request]:
+    """One for each of PROMPTS, drafting as many tokens as `widths` say in turn."""
     for i, prompt in enumerate(PROMPTS):
+        width = widths[i % len(widths)]
         yield Request(str(i), prompt, params, n=2 if i == 1 else 1, drafter=drafter, num_speculative_tokens=width)
 
 
@@ -88,26 +90,36 @@ def reference_answers(folder: Path) -> Answers:
     return answers
 
 
-DRAFTERS = ("none", "ngram", "oracle", "wrong", "off-by-one", "random", "identity")
+DRAFTERS = ("none", "ngram", "s3d", "oracle", "wrong", "off-by-one", "random", "identity")
 
 
 def assert_exact(
-    folder: Path, answers: Answers, drafters: Sequence[str] = DRAFTERS, **config: object
+    folder: Path,
+    answers: Answers,
+    drafters: Sequence[str] = DRAFTERS,
+    modes: Sequence[str] = tuple(MODES),
+    widths: Sequence[int] = (4,),
+    **config: object,
 ) -> dict[str, Tally]:
     """Every drafter, mode and batch size emits the answers; returns a tally per drafter.
+
+    Args:
+        folder: a model with an adapter beside it, if s3d is one of the drafters.
+        widths: how many tokens to draft for the requests, in turn.
 
     Raises:
         AssertionError: some token differs.
     """
-    engine = Engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", block_size=16, **config))  # type: ignore[arg-type]
+    sizes: dict[str, object] = {"block_size": 16, **config}
+    engine = Engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", **sizes))  # type: ignore[arg-type]
     tallies: dict[str, Tally] = {}
-    for mode, params in MODES.items():
-        expected = answers[mode]
+    for mode in modes:
+        params, expected = MODES[mode], answers[mode]
         add_drafters(engine, expected)
         for drafter in drafters:
             for at_once in (1, len(PROMPTS)):
                 steps: list[StepStats] = []
-                outputs = run_dry(engine, requests(params, drafter), at_once, steps.append)
+                outputs = run_dry(engine, requests(params, drafter, widths), at_once, steps.append)
                 assert tokens_of(outputs) == expected, f"{mode}, {drafter}, {at_once} at once: tokens differ"
                 tally = tallies.setdefault(drafter, Tally())
                 tally.preemptions += sum(step.preemptions for step in steps)

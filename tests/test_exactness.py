@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support_engine import IdentityDrafter, run_dry, tokens_of, write_checkpoint
+from support_engine import IdentityDrafter, run_dry, tokens_of, write_adapter, write_checkpoint
 from support_exactness import Answers, assert_exact, reference_answers
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams
@@ -13,7 +14,9 @@ from skippy.engine import Engine, EngineConfig, Request, SamplingParams
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+    folder = write_checkpoint(tmp_path_factory.mktemp("tiny"))
+    write_adapter(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def test_every_drafter_and_mode_emits_what_the_reference_emits(folder: Path, ans
     assert tallies["wrong"].accepted < tallies["wrong"].drafted // 10
     for name in ("oracle", "identity"):
         assert tallies[name].accepted == tallies[name].drafted > 100
-    for name in ("ngram", "random", "off-by-one"):
+    for name in ("ngram", "s3d", "random", "off-by-one"):
         assert 0 < tallies[name].accepted < tallies[name].drafted
 
 
@@ -42,14 +45,15 @@ def test_every_drafter_and_mode_emits_what_the_reference_emits(folder: Path, ans
     ids=["no prefix cache", "chunked prompts", "preemption"],
 )
 def test_neither_cache_nor_chunks_nor_preemption_change_a_token(
-    folder: Path, answers: Answers, config: dict[str, object]
+    folder: Path, answers: Answers, config: dict[str, Any]
 ) -> None:
-    tallies = assert_exact(folder, answers, ("none", "random"), **config)
-    assert tallies["random"].accepted > 0
-    if "kv_cache_memory_bytes" in config:
-        assert tallies["random"].preemptions > 0
-    if "max_num_batched_tokens" in config:
-        assert tallies["random"].prefill_chunks > 80
+    tallies = assert_exact(folder, answers, ("none", "random", "s3d"), **config)
+    for name in ("random", "s3d"):
+        assert tallies[name].accepted > 0
+        if "kv_cache_memory_bytes" in config:
+            assert tallies[name].preemptions > 0
+        if "max_num_batched_tokens" in config:
+            assert tallies[name].prefill_chunks > 80
 
 
 PYTHON = "def fibonacci(n):\n    if n < 2:\n        return n\n    return "

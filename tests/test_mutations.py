@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from support_engine import write_checkpoint
+from support_engine import write_adapter, write_checkpoint
 from support_exactness import Answers, assert_exact, reference_answers
 
 from skippy.engine import engine as engine_module
 from skippy.engine import sampling
 from skippy.engine.accept import Verdict, accept
+from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.engine import Engine
 from skippy.engine.kv import KVPool
 from skippy.engine.runner import Runner
@@ -117,6 +118,34 @@ def reuses_blocks_of_other_prefixes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("skippy.engine.scheduler.extend_digests", careless)
 
 
+def drafts_over_committed_slots(patch: pytest.MonkeyPatch) -> None:
+    propose = S3DDrafter.propose
+
+    def early(drafter: S3DDrafter, sequences: Any, limits: Any) -> list[list[int]]:
+        for sequence in sequences:
+            sequence.computed -= 1
+        drafts = propose(drafter, sequences, limits)
+        for sequence in sequences:
+            sequence.computed += 1
+        return drafts
+
+    patch.setattr(S3DDrafter, "propose", early)
+
+
+def lets_the_adapter_change_verified_rows(patch: pytest.MonkeyPatch) -> None:
+    compute = Runner.compute
+    adapters: list[Any] = []
+
+    def mixed_up(runner: Runner, rows: Any, plan: Any, adapter: Any = None, taps: Any = ()) -> Any:
+        if adapter is not None:
+            adapters[:] = [adapter]
+        elif adapters and len(rows) == 1:
+            adapter = adapters.pop()._adapter.bind(None)
+        return compute(runner, rows, plan, adapter, taps)
+
+    patch.setattr(Runner, "compute", mixed_up)
+
+
 MUTATIONS: list[Mutation] = [
     accepts_one_too_many,
     accepts_after_a_gap,
@@ -128,12 +157,16 @@ MUTATIONS: list[Mutation] = [
     shares_noise_between_choices,
     shifts_the_positions_of_drafts,
     reuses_blocks_of_other_prefixes,
+    drafts_over_committed_slots,
+    lets_the_adapter_change_verified_rows,
 ]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
+    folder = write_checkpoint(tmp_path_factory.mktemp("tiny"))
+    write_adapter(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
