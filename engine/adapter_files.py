@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, devic
     file = folder / "adapter.safetensors"
     _check_base(folder, described, checkpoint.config)
     try:
-        config = AdapterConfig(**{field.name: described[field.name] for field in fields(AdapterConfig)})
+        names = [field.name for field in fields(AdapterConfig) if field.name in described or field.default is MISSING]
+        config = AdapterConfig(**{name: described[name] for name in names})
         config.check(checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
@@ -121,7 +122,7 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, devic
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
             raise AdapterError(f"{file}: the tensor {name!r} is missing, left over or of another shape.")
-        if not tensors[name].isfinite().all():
+        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
             raise AdapterError(f"{file}: the tensor {name!r} holds values that are not finite.")
     adapter.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     if described.get("base_fingerprint") != fingerprint(checkpoint):

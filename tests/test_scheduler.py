@@ -30,33 +30,48 @@ def make_request(prompt: list[int], max_tokens: int, n: int = 1, prompt_logprobs
     return Request(f"r{next(_names)}", tuple(prompt), params, n)
 
 
-def make_sequences(request: Request, max_draft: int = 4) -> list[Sequence]:
+def make_sequences(request: Request, max_draft: int = 4, *, rides: bool = False) -> list[Sequence]:
     """The choices of a request as the engine makes them: the first leads."""
     sequences: list[Sequence] = []
     for index in range(request.n):
         leader = sequences[0] if sequences else None
         tokens = list(request.prompt_token_ids)
-        sequences.append(Sequence(request, index, 0, "any", max_draft, False, frozenset(), tokens, leader=leader))
+        sequence = Sequence(request, index, 0, "any", max_draft, False, frozenset(), tokens, rides, leader=leader)
+        sequences.append(sequence)
     return sequences
 
 
 class Simulation:
-    """An engine around a scheduler: it computes whatever is scheduled, and accepts drafts at random."""
+    """An engine around a scheduler: it computes whatever is scheduled, and accepts drafts at random.
+
+    Args:
+        rides: whether the sequences' drafts are made by rows that ride in the verify pass.
+    """
 
     def __init__(
-        self, *, num_blocks: int, block_size: int, max_num_seqs: int, max_rows: int, caching: bool, seed: int = 0
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_rows: int,
+        caching: bool,
+        seed: int = 0,
+        rides: bool = False,
     ) -> None:
         self.blocks = BlockAllocator(num_blocks)
         self.scheduler = Scheduler(self.blocks, block_size, max_num_seqs, max_rows, caching)
         self.block_size, self.max_num_seqs, self.max_rows = block_size, max_num_seqs, max_rows
         self.random = random.Random(seed)
+        self.rides = rides
+        self.history: list[list[tuple[int, int, int]]] = []
         self.slots: dict[int, tuple[int, ...]] = {}
         self.live: list[Sequence] = []
         self.finished: list[Sequence] = []
         self.preemptions = 0
 
     def add(self, request: Request, max_draft: int = 4) -> list[Sequence]:
-        sequences = make_sequences(request, max_draft)
+        sequences = make_sequences(request, max_draft, rides=self.rides)
         for sequence in sequences:
             self.scheduler.add(sequence)
         self.live += sequences
@@ -76,8 +91,11 @@ class Simulation:
         self.check(schedule, running_before)
         for sequence in self.live:
             assert sequence.tokens == known_before[id(sequence)], "scheduling changes no token"
+        self.history.append([(work.start, work.num_known, work.lookahead) for work in schedule.work])
         for work in schedule.work:
             self.compute(work)
+            held = len(work.sequence.table)
+            assert held <= -(-len(work.sequence.tokens) // self.block_size), "blocks of lookahead alone go back"
         self.blocks.check()
         return schedule
 
@@ -87,7 +105,7 @@ class Simulation:
         assert [work.sequence for work in schedule.work] == running, "every running sequence gets its turn, in order"
         assert all(work.num_known >= 1 for work in schedule.work), "nobody starves"
         assert len(running) <= self.max_num_seqs
-        assert sum(work.num_known + work.lookahead for work in schedule.work) <= self.max_rows
+        assert sum(work.num_slots for work in schedule.work) <= self.max_rows
         assert len({*map(id, running), *map(id, self.scheduler.waiting)}) == len(self.live)
         kept = [s for s in running_before if s in running]
         assert kept == running_before[: len(kept)], "the newest are preempted first"
@@ -102,7 +120,13 @@ class Simulation:
             assert work.start == sequence.computed
             assert work.start + work.num_known <= len(sequence.tokens)
             end = work.start + work.num_known + work.lookahead
-            assert end <= len(sequence.table) * self.block_size, "blocks are held for all that may be written"
+            slots = len(sequence.table) * self.block_size
+            assert work.start + work.num_slots <= slots, "blocks are held for all that may be written"
+            if work.riders:
+                assert sequence.rides
+                assert work.chooses
+                assert work.riders <= sequence.max_draft
+                assert len(sequence.tokens) + 1 + work.riders <= sequence.max_len - 1, "no more than can be drafted"
             if work.lookahead:
                 assert work.start == len(sequence.tokens) - 1
                 assert work.lookahead <= sequence.max_draft
@@ -119,6 +143,9 @@ class Simulation:
         history = (*sequence.tokens, *draft)
         for position in range(work.start, work.start + work.num_known + len(draft)):
             self.slots[self.slot(sequence, position)] = history[: position + 1]
+        scratch = work.start + work.num_known + len(draft)
+        for position in range(scratch, scratch + work.riders * (len(draft) + 1)):
+            self.slots[self.slot(sequence, position)] = ()
         chooses, room = work.chooses, sequence.max_len - len(sequence.tokens)
         if not chooses or room == 0:
             self.scheduler.commit(sequence, work.start + work.num_known)
@@ -152,54 +179,15 @@ class Plan:
     aborted_after: int | None
 
 
-plans = st.builds(
-    Plan,
-    arrives=st.integers(0, 12),
-    # Few tokens, so that prompts share prefixes.
-    prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
-    max_tokens=st.integers(0, 12),
-    n=st.integers(1, 3),
-    prompt_logprobs=st.sampled_from([None, None, 0]),
-    max_draft=st.integers(0, 5),
-    aborted_after=st.none() | st.integers(0, 10),
-)
-
-
-@settings(derandomize=True, deadline=None, max_examples=250)
-@given(
-    requests=st.lists(plans, min_size=1, max_size=8),
-    num_blocks=st.integers(4, 30),
-    block_size=st.integers(1, 4),
-    max_num_seqs=st.integers(1, 5),
-    spare_rows=st.integers(0, 12),
-    caching=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
-def test_whatever_comes_every_step_is_lawful_and_everything_finishes(
-    *,
-    requests: list[Plan],
-    num_blocks: int,
-    block_size: int,
-    max_num_seqs: int,
-    spare_rows: int,
-    caching: bool,
-    seed: int,
-) -> None:
-    engine = Simulation(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_rows=max_num_seqs + spare_rows,
-        caching=caching,
-        seed=seed,
-    )
+def serve(engine: Simulation, requests: list[Plan]) -> None:
+    """Run an engine dry, whose requests arrive as planned. Those that never fit are refused, the others finish."""
     aborts: list[tuple[int, Sequence]] = []
     admitted = refused = 0
     for step in range(13):
         for plan in (plan for plan in requests if plan.arrives == step):
             request = make_request(plan.prompt, plan.max_tokens, plan.n, plan.prompt_logprobs)
             slots = max(len(plan.prompt), len(plan.prompt) + plan.max_tokens - 1)
-            if slots > num_blocks * block_size:
+            if slots > engine.blocks.num_blocks * engine.block_size:
                 with pytest.raises(InvalidRequest):
                     engine.add(request, plan.max_draft)
                 refused += plan.n
@@ -218,6 +206,59 @@ def test_whatever_comes_every_step_is_lawful_and_everything_finishes(
     assert len(engine.finished) == admitted == sum(plan.n for plan in requests) - refused
     for sequence in engine.finished:
         assert sequence.finish_reason == "abort" or len(sequence.tokens) == sequence.max_len
+
+
+plans = st.builds(
+    Plan,
+    arrives=st.integers(0, 12),
+    # Few tokens, so that prompts share prefixes.
+    prompt=st.lists(st.integers(0, 1), min_size=1, max_size=24),
+    max_tokens=st.integers(0, 12),
+    n=st.integers(1, 3),
+    prompt_logprobs=st.sampled_from([None, None, 0]),
+    max_draft=st.integers(0, 5),
+    aborted_after=st.none() | st.integers(0, 10),
+)
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "num_blocks": st.integers(4, 30),
+        "block_size": st.integers(1, 4),
+        "max_num_seqs": st.integers(1, 5),
+        "seed": st.integers(0, 2**16),
+    }
+)
+spare_rows = st.integers(0, 12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=250)
+@given(
+    requests=st.lists(plans, min_size=1, max_size=8),
+    sizes=sizes,
+    spare_rows=spare_rows,
+    caching=st.booleans(),
+    rides=st.booleans(),
+)
+def test_whatever_comes_every_step_is_lawful_and_everything_finishes(
+    *, requests: list[Plan], sizes: dict[str, int], spare_rows: int, caching: bool, rides: bool
+) -> None:
+    max_rows = sizes["max_num_seqs"] + spare_rows
+    serve(Simulation(max_rows=max_rows, caching=caching, rides=rides, **sizes), requests)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(requests=st.lists(plans, min_size=1, max_size=8), sizes=sizes, spare_rows=spare_rows)
+def test_riders_change_nothing_for_what_runs_or_waits(
+    *, requests: list[Plan], sizes: dict[str, int], spare_rows: int
+) -> None:
+    """Without a prefix cache, that is: blocks they are given for a step may have been the oldest in it."""
+    histories = []
+    for rides in (False, True):
+        engine = Simulation(max_rows=sizes["max_num_seqs"] + spare_rows, caching=False, rides=rides, **sizes)
+        serve(engine, requests)
+        histories.append((engine.history, engine.preemptions))
+    assert histories[0] == histories[1]
 
 
 def prompt_of(length: int, salt: int = 0) -> list[int]:
@@ -315,6 +356,85 @@ class TestRows:
         assert engine.step().work[0].lookahead == 0
         assert engine.step().work[0].lookahead == 0, "one prompt token left is no newest token"
         assert engine.step().work[0].lookahead > 0
+
+
+class TestRiders:
+    """Rows of a fused drafter: w of them ride behind each of g + 1 rows that choose."""
+
+    @staticmethod
+    def riders_of(schedule: Schedule) -> list[int]:
+        return [work.riders for work in schedule.work]
+
+    def test_they_ride_behind_every_row_that_chooses(self) -> None:
+        engine = engine_with(max_rows=64, rides=True)
+        engine.add(make_request(prompt_of(6), 40), max_draft=4)
+        first, second = engine.step().work + engine.step().work
+        assert (first.num_known, first.lookahead, first.num_riders) == (6, 0, 4), "the prompt's last row chooses"
+        assert (second.num_known, second.lookahead, second.num_riders) == (1, 4, 20)
+
+    def test_not_behind_a_chunk_that_ends_before(self) -> None:
+        engine = engine_with(max_rows=16, rides=True)
+        engine.add(make_request(prompt_of(20), 40), max_draft=4)
+        assert [self.riders_of(engine.step()) for _ in range(2)] == [[0], [4]]
+
+    def test_others_have_none(self) -> None:
+        engine = engine_with(max_rows=64)
+        engine.add(make_request(prompt_of(6), 40), max_draft=4)
+        assert [self.riders_of(engine.step()) for _ in range(2)] == [[0], [0]]
+
+    def test_without_rows_for_all_of_them_there_are_none(self) -> None:
+        engine = engine_with(max_rows=24, rides=True)
+        engine.add(make_request(prompt_of(1), 40), max_draft=4)
+        engine.step()
+        assert self.riders_of(engine.scheduler.schedule()) == [0]
+
+    def test_known_and_drafted_tokens_of_all_come_first(self) -> None:
+        engine = engine_with(max_rows=16, rides=True)
+        engine.add(make_request(prompt_of(1), 40), max_draft=1)
+        engine.step()
+        engine.add(make_request(prompt_of(13, salt=1), 40), max_draft=1)
+        schedule = engine.step()
+        assert (rows_of(schedule), self.riders_of(schedule)) == ([1, 13], [0, 1])
+
+    @pytest.mark.parametrize(("num_blocks", "riders"), [(4, [0, 0]), (5, [2, 0]), (6, [2, 2])])
+    def test_without_blocks_there_are_none_and_nobody_is_preempted(self, num_blocks: int, riders: list[int]) -> None:
+        engine = engine_with(num_blocks=num_blocks, max_rows=64, rides=True)
+        for salt in (1, 2):
+            engine.add(make_request(prompt_of(7, salt), 4), max_draft=4)
+        schedule = engine.step()
+        assert (rows_of(schedule), schedule.preempted) == ([7, 7], 0)
+        assert self.riders_of(schedule) == riders
+
+    def test_their_blocks_go_back_after_the_step(self) -> None:
+        engine = engine_with(max_rows=64, rides=True)
+        (sequence,) = engine.add(make_request(prompt_of(4), 40), max_draft=4)
+        schedule = engine.scheduler.schedule()
+        assert len(sequence.table) == 2
+        engine.compute(schedule.work[0])
+        assert len(sequence.table) == 2, "the newest token's block stays"
+        schedule = engine.scheduler.schedule()
+        assert len(sequence.table) == -(-(4 + 5 + 20) // 4)
+        engine.compute(schedule.work[0])
+        assert len(sequence.table) == -(-len(sequence.tokens) // 4)
+
+    @pytest.mark.parametrize(("left", "riders"), [(1, 0), (2, 0), (3, 1), (4, 2), (40, 4)])
+    def test_no_more_than_the_next_step_can_draft(self, left: int, riders: int) -> None:
+        engine = engine_with(max_rows=64, rides=True)
+        engine.add(make_request(prompt_of(4), left), max_draft=4)
+        assert self.riders_of(engine.scheduler.schedule()) == [riders]
+
+    def test_an_adaptive_sequence_has_as_many_as_the_step_is_wide(self) -> None:
+        engine = engine_with(max_rows=64, rides=True)
+        (sequence,) = engine.add(make_request(prompt_of(4), 40), max_draft=4)
+        sequence.adaptive = True
+        engine.step()
+        assert [self.riders_of(engine.scheduler.schedule(width)) for width in (0, 2, 9)] == [[0], [2], [4]]
+
+    def test_what_could_fit_alone_without_them_is_admitted(self) -> None:
+        engine = engine_with(num_blocks=4, max_rows=64, rides=True)
+        engine.add(make_request(prompt_of(10), 7), max_draft=4)
+        engine.run(20)
+        assert len(engine.finished) == 1
 
 
 class TestLogitRows:
