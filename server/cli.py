@@ -188,7 +188,7 @@ _TRAIN_OPTIONS = (
     Option("length", int, "tokens per sequence", 320),
     Option("batch_size", int, "sequences per step", 8),
     Option("anchors", int, "places in a sequence that a step drafts from", 48),
-    Option("learning_rate", float, "its peak", 2e-3, "X"),
+    Option("learning_rate", float, "its peak", 8e-3, "X"),
     Option("tv_share", float, "share of total variation in the loss, after a first quarter of KL", 0.7, "X"),
     Option("seed", int, "seed of the text and of the training", 0),
     Option("num_speculative_tokens", int, "most tokens that one pass drafts", 6),

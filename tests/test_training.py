@@ -27,9 +27,9 @@ from skippy.engine.drafters import s3d
 from skippy.engine.errors import TrainingError
 from skippy.engine.model import CausalLM
 from skippy.engine.training import loss as loss_module
-from skippy.engine.training import run as run_module
 from skippy.engine.training import trainer as trainer_module
 from skippy.engine.training.data import SHORTEST_OPENING, Sample, generate_samples, temperature_of, without_overlap
+from skippy.engine.training.display import Display
 from skippy.engine.training.files import load_samples, save_samples
 from skippy.engine.training.loss import draft_loss, teacher_tops
 from skippy.engine.training.options import TrainOptions, adapter_budget, default_band
@@ -128,7 +128,7 @@ class TestData:
 
     def test_texts_that_overlap_with_evaluation_texts_are_dropped(self) -> None:
         words = [f"w{i}" for i in range(40)]
-        texts = {
+        texts: dict[tuple[int, ...], str] = {
             (0,): " ".join(words[:20]),
             (1,): "x " + "\n ".join(words[7:20]).upper() + " y",  # 13 words
             (2,): "x " + " ".join(words[8:20]) + " y",  # 12 words
@@ -153,7 +153,7 @@ class TestData:
 
 class TestOptions:
     @pytest.mark.parametrize(
-        ("layers", "band"), [(1, (0, 0)), (2, (0, 1)), (3, (1, 2)), (5, (2, 4)), (10, (2, 8)), (32, (6, 26))]
+        ("layers", "band"), [(1, (0, 0)), (2, (0, 1)), (3, (1, 2)), (5, (2, 4)), (10, (3, 8)), (32, (10, 26))]
     )
     def test_the_default_band(self, layers: int, band: tuple[int, int]) -> None:
         assert default_band(layers) == band
@@ -506,7 +506,7 @@ class TestRun:
     def test_an_interrupt_while_the_text_is_written_leaves_nothing(
         self, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(run_module.Display, "show", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        monkeypatch.setattr(Display, "show", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             run_training(config, OPTIONS, str(tmp_path))
         assert "nothing of it is kept" in capsys.readouterr().err
