@@ -7,6 +7,7 @@ band. The adapter adds to it, on those rows only:
     LoRA     low-rank changes of the kept layers' matrices (arXiv 2106.09685)
     bridge   at the end of the band, what the skipped layers did one token ago
     head     a small recurrent net that ties the drafted tokens to one another
+    ids      the tokens worth drafting, where the vocabulary is large: rows of the model's head
 
 In the fused variant there is no draft pass: masks ride in the verify pass, through every
 layer, behind each row that chooses a token. Those behind the last accepted row draft next.
@@ -19,7 +20,7 @@ Verified rows never meet any of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,7 @@ class AdapterConfig:
         num_speculative_tokens: the most tokens one pass drafts, one per row.
         recurrent: whether the head hands a state from row to row.
         fused: whether the rows ride in the verify pass, all of them masks; nothing is skipped then.
+        draft_vocab_size: how many tokens can be drafted, the most frequent ones; 0 for all.
     """
 
     skip_start: int
@@ -53,6 +55,7 @@ class AdapterConfig:
     bridge_rank: int
     recurrent: bool
     fused: bool = False
+    draft_vocab_size: int = 0
 
     @property
     def num_masks(self) -> int:
@@ -69,6 +72,7 @@ class AdapterConfig:
             ("lora_rank", 0, MAX_RANK),
             ("head_size", 0, MAX_RANK),
             ("bridge_rank", 0, MAX_RANK),
+            ("draft_vocab_size", 0, base.vocab_size - 1),
         ):
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:  # bool is a kind of int
@@ -186,6 +190,10 @@ class S3DAdapter(nn.Module):
             SequentialHead(base.hidden_size, config.head_size, recurrent=config.recurrent) if config.head_size else None
         )
 
+        ids = torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None
+        self.draft_ids: Tensor | None  # [D] int64, the most frequent first
+        self.register_buffer("draft_ids", ids)
+
     def _low_rank(self, layer: int, part: str) -> LowRank:
         module = self.lora[f"{layer}_{part}"]
         assert isinstance(module, LowRank)
@@ -221,10 +229,10 @@ class BoundAdapter:
         self._rows = slice(first_row, None)
         self._first_row = first_row
 
-    def embed(self, token_ids: Tensor, embedding: nn.Embedding) -> Tensor:
+    def embed(self, token_ids: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
         """token_ids [N], some of them of masks, to [N, hidden_size]."""
         masks, size = self._adapter.masks, self._adapter.vocab_size
-        x: Tensor = embedding(token_ids.clamp(max=size - 1))
+        x = embedding(token_ids.clamp(max=size - 1))
         if len(masks) == 0:
             return x
         of_mask = masks[(token_ids - size).clamp(min=0)].to(x.dtype)

@@ -64,7 +64,10 @@ def save_adapter(folder: Path, adapter: S3DAdapter, checkpoint: Checkpoint, trai
     Raises:
         AdapterError: some value is not finite in float16; nothing is written.
     """
-    tensors = {name: tensor.detach().to(torch.float16).contiguous() for name, tensor in adapter.state_dict().items()}
+    tensors = {
+        name: tensor.detach().to(torch.float16 if tensor.is_floating_point() else torch.int32).contiguous()
+        for name, tensor in adapter.state_dict().items()
+    }
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise AdapterError(f"The adapter is not saved: {name!r} holds values that are not finite in float16.")
@@ -122,9 +125,17 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, devic
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
             raise AdapterError(f"{file}: the tensor {name!r} is missing, left over or of another shape.")
-        if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+        if wanted[name].is_floating_point() != tensors[name].is_floating_point():
+            raise AdapterError(f"{file}: the tensor {name!r} is of the type {tensors[name].dtype}.")
+        if not tensors[name].isfinite().all():
             raise AdapterError(f"{file}: the tensor {name!r} holds values that are not finite.")
-    adapter.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    ids = tensors.get("draft_ids", torch.empty(0))
+    if len(ids.unique()) < len(ids) or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < checkpoint.vocab_size):
+        raise AdapterError(f"{file}: 'draft_ids' names a token twice, or one that the model does not have.")
+    adapter.load_state_dict(
+        {name: tensor.to(dtype if tensor.is_floating_point() else torch.int64) for name, tensor in tensors.items()},
+        assign=True,
+    )
     if described.get("base_fingerprint") != fingerprint(checkpoint):
         logger.warning(
             "the adapter in %s was trained for another model of the same shape than %s: output stays exact, but "

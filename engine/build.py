@@ -53,7 +53,8 @@ def build(config: EngineConfig) -> Build:
     model = load_model(checkpoint, dtype, device, wanted_len)
     adapter = find_adapter(checkpoint, config.adapter, dtype, device)
     reads_head_rows = adapter is not None and adapter.head is not None and not shape.tie_word_embeddings
-    tiling = model.pack(checkpoint.vocab_size, keep_head_rows=reads_head_rows)
+    draft_ids = adapter.draft_ids if adapter else None
+    tiling = model.pack(checkpoint.vocab_size, draft_ids=draft_ids, keep_head_rows=reads_head_rows)
     block_bytes = (
         2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
     )

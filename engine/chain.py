@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from skippy.engine.adapter import S3DAdapter
@@ -43,28 +42,39 @@ def draft_chain(
         newest: [B] int64, the token of each sequence's first row.
     """
     batch, width, size = hidden.shape
-    logits = model.logits(hidden.reshape(-1, size)).view(batch, width, -1)
-    raw = logits
-    if any(p.state.alters for p in prospects):
-        logits = logits.clone()
-        for row, p in enumerate(prospects):
-            if p.state.alters:
-                p.state.alter(logits[row], (), p.index)
-    best, ids = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)
+    best, ids, altered = _candidates(model, hidden.reshape(-1, size), prospects)
+    best, ids = best.view(batch, width, -1), ids.view(batch, width, -1)
     choice = _Choice(ids, prospects)
     if adapter.head is None:
         return torch.stack([choice.pick(row, best[:, row]) for row in range(width)], 1)
-    rescore = _Rescorer(model, ids, None if raw is logits else best - raw.gather(-1, ids), choice)
-    embeddings = model.model.embed_tokens.weight
+    rescore = _Rescorer(model, ids, None if altered is None else altered.view_as(ids), choice)
     state: Tensor | None = None
     token, drafted = newest, []
     for row, (prepared, uncorrected) in enumerate(
         zip(adapter.head.prepare(hidden).unbind(1), hidden.unbind(1), strict=True)
     ):
-        state = adapter.head.step(prepared, F.embedding(token, embeddings), model.embedding_scale, state)
+        state = adapter.head.step(prepared, model.embed(token), model.embedding_scale, state)
         token = choice.pick(row, rescore(row, adapter.head.correct(uncorrected, state)))
         drafted.append(token)
     return torch.stack(drafted, 1)
+
+
+def _candidates(model: CausalLM, hidden: Tensor, prospects: Sequence[Prospect]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The likeliest tokens of every row: logits, ids and what penalties, bias and bans added to the logits.
+
+    hidden [B * G, hidden_size] to [B * G, K] each; None where nothing is added.
+    """
+    if not any(p.state.alters for p in prospects):
+        logits, of_column = model.draft_logits(hidden)
+        best, columns = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)
+        return best, columns if of_column is None else of_column[columns], None
+    raw = model.logits(hidden)
+    logits = raw.clone()
+    for p, rows in zip(prospects, logits.chunk(len(prospects)), strict=True):
+        if p.state.alters:
+            p.state.alter(rows, (), p.index)
+    best, ids = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)
+    return best, ids, best - raw.gather(-1, ids)
 
 
 class _Rescorer:

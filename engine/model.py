@@ -10,7 +10,7 @@ trained. `pack` then replaces the matrices by fused ones laid out for inference.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -64,7 +64,7 @@ def skipping_plan(config: ModelConfig, start: int, end: int) -> Plan:
 class Adapter(Protocol):
     """What changes on the rows of a pass that draft. The others come out as without it."""
 
-    def embed(self, token_ids: Tensor, embedding: nn.Embedding) -> Tensor:
+    def embed(self, token_ids: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
         """token_ids [N], which may lie beyond the vocabulary, to [N, hidden_size]."""
         ...
 
@@ -254,7 +254,10 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self._rope: tuple[Tensor, Tensor] | None = None
-        self._packed_head: RowLinear | None = None
+        self._packed_head: tuple[RowLinear, ...] = ()
+        self._draft_ids: Tensor | None = None  # [D] int64
+        self._row_of_token: Tensor | None = None  # [V] int64, where the head was reordered
+        self._embedding_reordered = False
 
     def forward(
         self,
@@ -269,8 +272,7 @@ class CausalLM(nn.Module):
         Returns the last hidden states, not yet normalised, [N, hidden_size], and of every
         layer in `taps` the hidden states that entered it.
         """
-        embedding = self.model.embed_tokens
-        x: Tensor = embedding(batch.token_ids) if adapter is None else adapter.embed(batch.token_ids, embedding)
+        x = self.embed(batch.token_ids) if adapter is None else adapter.embed(batch.token_ids, self.embed)
         cos, sin = self._rope_tables(x)
         shared = _Pass(cos[batch.positions], sin[batch.positions], attend, adapter)
         tapped: dict[int, Tensor] = {}
@@ -287,12 +289,32 @@ class CausalLM(nn.Module):
             tapped[end] = x
         return x, tapped
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[...] int64 to [..., hidden_size]."""
+        if self._embedding_reordered and self._row_of_token is not None:
+            token_ids = self._row_of_token[token_ids]
+        return F.embedding(token_ids, self.model.embed_tokens.weight)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [M, hidden_size], M padded like a batch, to [M, vocabulary] float32."""
-        x = self.model.norm(hidden)
-        if self._packed_head is not None:
-            return self._packed_head(x.float())
-        weight = self.lm_head.weight
+        logits = self._head_product(self.model.norm(hidden), None)
+        return logits if self._row_of_token is None else logits[:, self._row_of_token]
+
+    def draft_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the tokens that are worth drafting, and which tokens they are.
+
+        hidden [M, hidden_size] to [M, D] float32 and [D] int64, or None if it is all of them.
+        """
+        if self._draft_ids is None:
+            return self.logits(hidden), None
+        return self._head_product(self.model.norm(hidden), len(self._draft_ids)), self._draft_ids
+
+    def _head_product(self, x: Tensor, rows: int | None) -> Tensor:
+        """x [M, hidden_size], normalised, to the products with the first `rows` rows of the head, float32."""
+        if self._packed_head:
+            parts = [part(x.float()) for part in (self._packed_head if rows is None else self._packed_head[:1])]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        weight = self.lm_head.weight[:rows]
         if x.dtype == torch.float32:
             return F.linear(x, weight)
         if x.device.type == "cuda":
@@ -306,16 +328,22 @@ class CausalLM(nn.Module):
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """The rows of the head that belong to some tokens. token_ids [...] to [..., hidden_size]."""
-        tied = self.config.tie_word_embeddings
-        return F.embedding(token_ids, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        if self.config.tie_word_embeddings:
+            return self.embed(token_ids)
+        rows = token_ids if self._row_of_token is None else self._row_of_token[token_ids]
+        return F.embedding(rows, self.lm_head.weight)
 
-    def pack(self, vocab_size: int, *, keep_head_rows: bool = False) -> Tiling:
+    def pack(self, vocab_size: int, *, draft_ids: Tensor | None = None, keep_head_rows: bool = False) -> Tiling:
         """Lay the matrices out for inference; the module cannot be trained any more.
 
         Only the first `vocab_size` rows of the head are kept: a checkpoint may pad its
         vocabulary, and a padded row must never be chosen. `head_rows` works afterwards if the
         embeddings are the head, or with `keep_head_rows`. Returns the tiling of rows that
         batches must keep.
+
+        Args:
+            draft_ids: [D] int64, the tokens of `draft_logits`. Their rows of the head come first
+                from now on, so that a view of it, and no copy, is what drafts read.
         """
         packed = []
         for layer in self.model.layers:
@@ -323,11 +351,21 @@ class CausalLM(nn.Module):
             fused = (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down)
             packed += [matrices.pack() for matrices in fused]
         head = self.lm_head.weight.detach()[:vocab_size]
+        sizes = [vocab_size]
+        if draft_ids is not None:
+            rest = torch.ones(vocab_size, dtype=torch.bool, device=head.device).index_fill_(0, draft_ids, False)
+            order = torch.cat((draft_ids, rest.nonzero()[:, 0]))
+            head = head[order]
+            sizes = [len(draft_ids), vocab_size - len(draft_ids)]
+            self._draft_ids, self._row_of_token = draft_ids, order.argsort()
         if head.device.type == "cpu":
             # There is no product of bfloat16 with a float32 result on CPU, so the head is widened.
-            self._packed_head = RowLinear(head.float())
-            packed.append(self._packed_head)
-        if self._packed_head is not None and not keep_head_rows:
+            self._packed_head = tuple(RowLinear(part.float()) for part in head.split(sizes))
+            packed += self._packed_head
+        elif self.config.tie_word_embeddings:
+            self._embedding_reordered = True
+            self.model.embed_tokens.weight = nn.Parameter(head, requires_grad=False)
+        if self._packed_head and not keep_head_rows:
             self.lm_head.weight = nn.Parameter(head.new_empty(0), requires_grad=False)
         else:
             self.lm_head.weight = nn.Parameter(head, requires_grad=False)
