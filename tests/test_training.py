@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from skippy.engine.training.run import load_base, run_training
 from skippy.engine.training.trainer import Trainer, hold_out, step_loss
 from skippy.engine.training.walk import accepted_counts
 from skippy.engine.weights import open_checkpoint, parse_config
+from skippy.server import cli
+from skippy.server.settings import flag_of
 
 OPTIONS = TrainOptions(
     steps=12,
@@ -73,12 +76,13 @@ def samples(config: EngineConfig) -> list[Sample]:
     return generate_samples(Engine(replace(config, drafter="none")), [], 48, 40, 0, lambda _: None)
 
 
-@pytest.fixture
-def adapter(config: EngineConfig, tmp_path: Path) -> S3DAdapter:
+@pytest.fixture(params=[False, True], ids=["separate", "fused"])
+def adapter(request: pytest.FixtureRequest, config: EngineConfig, tmp_path: Path) -> S3DAdapter:
     """One whose every part does something, as it is read back from `tmp_path`."""
     checkpoint = open_checkpoint(config.model)
     torch.manual_seed(1)
-    adapter = S3DAdapter(OPTIONS.adapter_config(checkpoint.config, 1_000_000), checkpoint.config)
+    options = replace(OPTIONS, fused=request.param, bridge_rank=None if request.param else OPTIONS.bridge_rank)
+    adapter = S3DAdapter(options.adapter_config(checkpoint.config, 1_000_000), checkpoint.config)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -347,6 +351,21 @@ class TestTrainer:
         assert {s.temperature for s in trainer.held_out.greedy} == {0.0}
         assert {s.temperature for s in trainer.held_out.sampled} == {0.8}
 
+    @pytest.mark.parametrize("stopped_at", [0, 3, 9])
+    def test_another_trainer_goes_on_from_its_state(
+        self, model: CausalLM, adapter: S3DAdapter, samples: list[Sample], stopped_at: int
+    ) -> None:
+        def begin() -> Trainer:
+            return Trainer(model, trainable(copy.deepcopy(adapter)), samples, OPTIONS)
+
+        first, second = begin(), begin()
+        for _ in range(stopped_at):
+            first.run_step()
+        second.resume(copy.deepcopy(first.state()))
+        assert [first.run_step() for _ in range(3)] == [second.run_step() for _ in range(3)]
+        expected = second.state()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in first.state().items())
+
     def test_at_most_so_many_are_held_out(self) -> None:
         samples = [Sample([i], 0, temperature_of(i), i) for i in range(2048)]
         training, held_out = hold_out(samples, 8)
@@ -439,6 +458,20 @@ class TestRun:
         for line in lines:
             assert 0 < line["seconds"] <= line["total_seconds"] - line["generation_seconds"]
             assert len(line["sampled"]["by_depth"]) == 3
+
+    def test_the_command(
+        self, config: EngineConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        given = {name: value for name, value in asdict(OPTIONS).items() if value != getattr(TrainOptions(), name)}
+        flags = [f"{flag_of(name)}={value}" for name, value in given.items()]
+        command = ["train", config.model, "-o", str(tmp_path), "--dtype", "float32", "--device", "cpu", *flags]
+        assert cli.main([*command, "--num-threads", "1"]) == 0
+        assert result_of(tmp_path) == result_of(finished)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "\nstep 12 of 12, after 0:0" in err
+        assert cli.main([*command, "--seed", "1"]) == 2
+        assert "was made with another seed (0, now 1)" in capsys.readouterr().err
 
     def test_the_engine_drafts_with_it(self, config: EngineConfig, finished: Path) -> None:
         engine = Engine(replace(config, adapter=str(finished)))

@@ -31,7 +31,14 @@ from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.model import CausalLM
 from skippy.engine.prompts import read_prompts
 from skippy.engine.tokenizer import Tokenizer
-from skippy.engine.training.data import AT_ONCE, Sample, generate_samples, temperature_of, without_overlap
+from skippy.engine.training.data import (
+    AT_ONCE,
+    Sample,
+    generate_samples,
+    most_frequent,
+    temperature_of,
+    without_overlap,
+)
 from skippy.engine.training.display import Display, duration
 from skippy.engine.training.files import (
     CHECKPOINT,
@@ -115,7 +122,7 @@ def load_base(checkpoint: Checkpoint, config: EngineConfig, length: int) -> Caus
     """The model to train for, not packed, in bfloat16 unless another type is asked for.
 
     Raises:
-        ConfigError: the type or the device is of no use.
+        ConfigError: there is no such device.
         CheckpointError: the model cannot be loaded.
     """
     dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
@@ -258,6 +265,8 @@ def _trainer(job: _Job, samples: list[Sample]) -> Trainer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.options.seed)
         adapter = S3DAdapter(job.shape, job.checkpoint.config)
+    if adapter.draft_ids is not None:
+        adapter.draft_ids = most_frequent(samples, len(adapter.draft_ids), job.checkpoint.vocab_size)
     adapter.to(model.lm_head.weight.device)
     return Trainer(model, adapter, samples, job.options)
 
@@ -367,14 +376,16 @@ class _Run:
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Hold Ctrl-C back until the end of the block, so that a checkpoint is never of half a step."""
-    if threading.current_thread() is not threading.main_thread():
+    usual = signal.default_int_handler
+    # Only the main thread may change handlers; and where Ctrl-C is ignored or handled otherwise, so be it.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not usual:
         yield
         return
     pending: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
+    signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, usual)
     if pending:
         raise KeyboardInterrupt

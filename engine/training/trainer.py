@@ -116,13 +116,12 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.adapter.named_parameters():
                 parameter.copy_(state[f"adapter.{name}"])
-                moments = {
-                    moment: state[f"{moment}.{name}"].clone()
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{moment}.{name}" in state  # before the first step there are none
-                }
-                if moments:
-                    self._optimizer.state[parameter] = moments
+                if f"step.{name}" in state:  # before the first step there are no moments
+                    self._optimizer.state[parameter] = {
+                        "step": state[f"step.{name}"].clone(),  # AdamW wants it on the CPU
+                        "exp_avg": state[f"exp_avg.{name}"].to(parameter.device, copy=True),
+                        "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter.device, copy=True),
+                    }
         self.step = int(state["step"])
 
     def _batch(self) -> list[Sample]:
