@@ -13,6 +13,7 @@ Their tokens are drafts, so their bits need not be the same in every pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -61,7 +62,7 @@ class SDPAAttention:
         self.scale = scale
         self._max_base = -(-max_len // pool.block_size) * pool.block_size
         self._mask = self._mask_table()
-        self._ancestors: dict[tuple[int, int], Tensor] = {}
+        self._ancestor_mask = lru_cache(32)(self._make_ancestor_mask)
         self.multiple = self._measure_multiple()
 
     @property
@@ -83,11 +84,9 @@ class SDPAAttention:
 
     def rider_mask(self, riders: RiderSegment) -> Tensor:
         """Additive mask [riders * group, slots]. What precedes the ridden rows is seen by all."""
-        shape = (riders.num_ridden, riders.width)
-        if shape not in self._ancestors:
-            self._ancestors[shape] = self._ancestor_mask(*shape)
+        near = self._ancestor_mask(riders.num_ridden, riders.width)
         slots = len(riders.table) * self.pool.block_size
-        return F.pad(self._ancestors[shape][:, : slots - riders.position], (riders.position, 0))
+        return F.pad(near[:, : slots - riders.position], (riders.position, 0))
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """queries [1, kv_heads, rows * group, head_dim]; keys, values [1, kv_heads, slots, head_dim]."""
@@ -102,7 +101,7 @@ class SDPAAttention:
         mask.masked_fill_(column > self._max_base + row, float("-inf"))
         return mask.repeat_interleave(self.group, dim=0)
 
-    def _ancestor_mask(self, num_ridden: int, width: int) -> Tensor:
+    def _make_ancestor_mask(self, num_ridden: int, width: int) -> Tensor:
         """[riders * group, ridden rows + riders + block_size]; nobody sees the last block_size columns."""
         device = self.pool.keys.device
         behind = torch.arange(num_ridden, device=device).repeat_interleave(width)  # which row each rides behind

@@ -169,10 +169,13 @@ class Scheduler:
         return rows
 
     def _seat_riders(self, work: list[Work], rows: int, width: int) -> None:
-        """Give riders to work that chooses, while rows and blocks last. A sequence without goes undrafted next."""
+        """Give riders to work that chooses, as far as rows and blocks last. The next drafts are no longer than that."""
         for place, one in enumerate(work):
-            seated = replace(one, riders=self._wanted_riders(one, width))
-            if 0 < seated.num_riders <= rows and self._reserve(one.sequence, one.start + seated.num_slots):
+            slots = (len(one.sequence.table) + self._blocks.num_free) * self._block_size
+            room = min(rows, slots - one.start - one.num_slots) // (one.lookahead + 1)
+            seated = replace(one, riders=min(room, self._wanted_riders(one, width)))
+            if seated.riders > 0:
+                self._reserve(one.sequence, one.start + seated.num_slots)
                 work[place] = seated
                 rows -= seated.num_riders
 

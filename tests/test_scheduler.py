@@ -382,11 +382,12 @@ class TestRiders:
         engine.add(make_request(prompt_of(6), 40), max_draft=4)
         assert [self.riders_of(engine.step()) for _ in range(2)] == [[0], [0]]
 
-    def test_without_rows_for_all_of_them_there_are_none(self) -> None:
-        engine = engine_with(max_rows=24, rides=True)
+    @pytest.mark.parametrize(("max_rows", "riders"), [(25, 4), (24, 3), (10, 1), (9, 0)])
+    def test_as_many_as_there_are_rows_for(self, max_rows: int, riders: int) -> None:
+        engine = engine_with(max_rows=max_rows, rides=True)
         engine.add(make_request(prompt_of(1), 40), max_draft=4)
         engine.step()
-        assert self.riders_of(engine.scheduler.schedule()) == [0]
+        assert self.riders_of(engine.scheduler.schedule()) == [riders]
 
     def test_known_and_drafted_tokens_of_all_come_first(self) -> None:
         engine = engine_with(max_rows=16, rides=True)
@@ -396,13 +397,17 @@ class TestRiders:
         schedule = engine.step()
         assert (rows_of(schedule), self.riders_of(schedule)) == ([1, 13], [0, 1])
 
-    @pytest.mark.parametrize(("num_blocks", "riders"), [(4, [0, 0]), (5, [2, 0]), (6, [2, 2])])
-    def test_without_blocks_there_are_none_and_nobody_is_preempted(self, num_blocks: int, riders: list[int]) -> None:
+    @pytest.mark.parametrize(
+        ("length", "num_blocks", "riders"), [(8, 4, [0, 0]), (8, 5, [2, 0]), (7, 4, [1, 1]), (7, 6, [2, 2])]
+    )
+    def test_as_many_as_there_are_blocks_for_and_nobody_is_preempted(
+        self, length: int, num_blocks: int, riders: list[int]
+    ) -> None:
         engine = engine_with(num_blocks=num_blocks, max_rows=64, rides=True)
         for salt in (1, 2):
-            engine.add(make_request(prompt_of(7, salt), 4), max_draft=4)
+            engine.add(make_request(prompt_of(length, salt), 4), max_draft=4)
         schedule = engine.step()
-        assert (rows_of(schedule), schedule.preempted) == ([7, 7], 0)
+        assert (rows_of(schedule), schedule.preempted) == ([length, length], 0)
         assert self.riders_of(schedule) == riders
 
     def test_their_blocks_go_back_after_the_step(self) -> None:
