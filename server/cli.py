@@ -198,6 +198,7 @@ _TRAIN_OPTIONS = (
     Option("head_size", int, "size of the head that ties drafted tokens together; 0 leaves it out" + _FROM_MODEL),
     Option("bridge_rank", int, "rank of the bridge over the skipped layers; 0 leaves it out" + _FROM_MODEL),
     Option("recurrent", bool, "the head hands a state from token to token", default=True),
+    Option("draft_vocab_size", int, "most frequent tokens that can be drafted; 0 for all" + _FROM_MODEL),
     Option("fused", bool, "draft within the verify pass, through every layer", default=False),
 )
 

@@ -11,6 +11,9 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from skippy.engine.engine import Engine
 from skippy.engine.errors import EngineDead
 from skippy.engine.types import Request, SamplingParams
@@ -79,6 +82,12 @@ def generate_samples(
 def temperature_of(place: int) -> float:
     """The temperature of a continuation; of each there are as many with a given opening as without."""
     return TEMPERATURES[place // 2 % len(TEMPERATURES)]
+
+
+def most_frequent(samples: Iterable[Sample], count: int, vocab_size: int) -> Tensor:
+    """[count] int64: the tokens that occur most, of as many as needed that do not occur those with the lowest ids."""
+    tokens = torch.tensor([token for sample in samples for token in sample.tokens])
+    return tokens.bincount(minlength=vocab_size).argsort(descending=True, stable=True)[:count]
 
 
 def grams(text: str) -> set[tuple[str, ...]]:

@@ -15,6 +15,7 @@ LARGEST_SHARE, SMALLEST_SHARE = 0.1, 0.01
 SMALL_BASE = 10_000_000
 """Parameters of a base whose adapter may have LARGEST_SHARE of its bytes; it falls with the square root."""
 SCALES = 32
+LARGE_VOCABULARY = 32768
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class TrainOptions:
     length: int = 320
     batch_size: int = 8
     anchors: int = 48
-    learning_rate: float = 2e-3
+    learning_rate: float = 8e-3
     tv_share: float = 0.7
     seed: int = 0
     num_speculative_tokens: int = 6
@@ -52,6 +53,7 @@ class TrainOptions:
     bridge_rank: int | None = None
     recurrent: bool = True
     fused: bool = False
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "batch_size", "anchors"):
@@ -94,6 +96,9 @@ class TrainOptions:
                 bridge_rank=bridge_rank if self.bridge_rank is None else self.bridge_rank,
                 recurrent=self.recurrent,
                 fused=self.fused,
+                draft_vocab_size=default_draft_vocab(base.vocab_size)
+                if self.draft_vocab_size is None
+                else self.draft_vocab_size,
             )
 
         try:
@@ -108,9 +113,14 @@ class TrainOptions:
 
 
 def default_band(layers: int) -> tuple[int, int]:
-    """The layers to skip, [start, end): all but about a fifth at either side, of two at the beginning at least."""
-    end = layers - max(1, round(layers / 5))
-    return max(0, min(max(2, round(layers / 5)), end - 1)), end
+    """The layers to skip, [start, end): the second half but for the last fifth, where it is measured to pay most."""
+    end = layers - max(1, round(layers * 0.2))
+    return min(round(layers * 0.3), end - 1) if end > 1 else 0, end
+
+
+def default_draft_vocab(vocab_size: int) -> int:
+    """How many tokens are worth drafting: 0, for all, unless the vocabulary's product is a good part of a draft."""
+    return LARGE_VOCABULARY if vocab_size > 2 * LARGE_VOCABULARY else 0
 
 
 def default_sizes(hidden_size: int, scale: int) -> tuple[int, int, int]:
