@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skippy.engine.attention import SDPAAttention
 from skippy.engine.kv import KVPool
-from skippy.engine.tensors import Segment
+from skippy.engine.tensors import RiderSegment, Segment
 
 BLOCK, DIM, KV_HEADS, MAX_LEN = 8, 16, 2, 128
 NUM_BLOCKS = 40
@@ -245,6 +245,23 @@ class TestMask:
             visible = (mask == 0).sum(-1).view(rows, group)
             assert (visible == torch.arange(position + 1, position + 1 + rows)[:, None]).all()
             assert ((mask == 0) | (mask == -math.inf)).all()
+
+    @groups
+    @pytest.mark.parametrize(("position", "ridden", "width"), [(0, 1, 1), (5, 3, 2), (7, 1, 4), (8, 2, 3), (30, 9, 8)])
+    def test_a_rider_sees_what_its_row_sees_and_its_own_before_it(
+        self, group: int, position: int, ridden: int, width: int
+    ) -> None:
+        attention = Bench(group).attention
+        blocks = -(-(position + ridden * (1 + width)) // BLOCK)
+        mask = attention.rider_mask(RiderSegment(0, width, ridden, position, list(range(blocks))))
+        assert ((mask == 0) | (mask == -math.inf)).all()
+        seen = (mask == 0).view(ridden, width, group, blocks * BLOCK)
+        for row in range(ridden):
+            for place in range(width):
+                own = position + ridden + row * width
+                wanted = {*range(position + row + 1), *range(own, own + place + 1)}
+                for head in range(group):
+                    assert set(seen[row, place, head].nonzero().flatten().tolist()) == wanted
 
     def test_slack_covers_what_padding_reads(self) -> None:
         attention = Bench(2).attention

@@ -115,6 +115,24 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.blocks.release(holder.table)
         assert holder.table == []
 
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def trim(self, data: st.DataObject) -> None:
+        holder = self.pick(data)
+        others = {block for other in self.holders if other is not holder for block in other.table}
+        kept = others | set(self.published.values())
+        least = max((place + 1 for place, block in enumerate(holder.table) if block in kept), default=0)
+        count = data.draw(st.integers(least, len(holder.table)))
+        before, free = list(holder.table), self.blocks.num_free
+
+        self.blocks.trim(holder.table, count)
+
+        assert holder.table == before[:count]
+        assert self.blocks.num_free == free + len(before) - count
+        del holder.tokens[count * BLOCK_SIZE :]
+        if not holder.table:
+            self.holders.remove(holder)
+
     @invariant()
     def the_books_balance(self) -> None:
         self.blocks.check()
@@ -180,6 +198,34 @@ class TestContiguity:
         blocks.extend(one, 1, room=3)
         assert blocks.extend(two, 3)
         assert sorted(one + two) == [0, 1, 2, 3]
+
+    def test_a_trimmed_table_grows_into_the_same_blocks_again(self) -> None:
+        blocks, one, two = BlockAllocator(16), list[int](), list[int]()
+        blocks.extend(one, 4)
+        blocks.trim(one, 1)
+        assert blocks.num_held == 1
+        assert blocks.extend(two, 3)
+        assert two == [4, 5, 6]
+        assert blocks.extend(one, 3)
+        assert one == [0, 1, 2, 3]
+
+    def test_release_ends_the_wish_for_what_was_trimmed(self) -> None:
+        blocks, one, two = BlockAllocator(4), list[int](), list[int]()
+        blocks.extend(one, 3)
+        blocks.trim(one, 1)
+        blocks.release(one)
+        assert blocks.extend(two, 4)
+        assert two == [0, 1, 2, 3]
+
+    def test_a_part_that_stands_elsewhere_is_not_set_aside(self) -> None:
+        blocks, one, wall, two = BlockAllocator(6), list[int](), list[int](), list[int]()
+        blocks.extend(one, 1)
+        blocks.extend(wall, 1)
+        blocks.extend(one, 3)
+        assert one == [0, 2, 3, 4]
+        blocks.trim(one, 1)
+        assert blocks.extend(two, 4)
+        assert two == [2, 3, 4, 5]
 
     def test_release_ends_the_wish_for_room(self) -> None:
         blocks, one, two = BlockAllocator(4), list[int](), list[int]()

@@ -22,6 +22,7 @@ from skippy.engine.adapter import AdapterConfig, S3DAdapter
 from skippy.engine.adapter_files import BESIDE_MODEL, load_adapter, save_adapter
 from skippy.engine.build import build
 from skippy.engine.config import Dtype
+from skippy.engine.controller import Controller
 from skippy.engine.drafters.s3d import S3DFusedDrafter
 from skippy.engine.errors import AdapterError
 from skippy.engine.model import full_plan
@@ -307,6 +308,21 @@ class TestEngine:
         assert {step.draft_tokens for step in steps} >= set(range(7))
         assert engine._controller is not None
         assert not engine._controller._classes[1]._unmeasured
+
+    def test_the_controller_looks_at_every_width_again(self) -> None:
+        """Though a step drafts no more than the one before had riders, and drafting never pays here."""
+        controller, riders = Controller(6), 0
+        timed: list[int] = []
+        for _ in range(64 * 9):
+            width = controller.width(1)
+            if min(width, riders) == width:
+                timed.append(width)
+                controller.observe(1, width, 1.0 + 9.0 * width, [0])
+            riders = width
+        first, later = timed[:14], timed[14:]
+        assert sorted(first) == sorted([*range(7)] * 2)
+        assert set(later) == set(range(7))
+        assert later.count(0) > 0.9 * len(later)
 
     def test_a_failing_step_ends_those_that_took_part_and_no_others(
         self, foreseen: Path, monkeypatch: pytest.MonkeyPatch
