@@ -243,7 +243,7 @@ class BoundAdapter:
         bridge = self._adapter.bridge
         if bridge is None or self._context is None or layer != self._adapter.config.skip_end:
             return x
-        delta = bridge(self._context)
+        delta: Tensor = bridge(self._context)
         if len(delta) == len(x):
             return x + delta
         x[self._first_row : self._first_row + len(delta)] += delta  # what follows is padding

@@ -129,8 +129,8 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, devic
             raise AdapterError(f"{file}: the tensor {name!r} is of the type {tensors[name].dtype}.")
         if not tensors[name].isfinite().all():
             raise AdapterError(f"{file}: the tensor {name!r} holds values that are not finite.")
-    ids = tensors.get("draft_ids", torch.empty(0))
-    if len(ids.unique()) < len(ids) or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < checkpoint.vocab_size):
+    ids = tensors["draft_ids"].tolist() if "draft_ids" in tensors else []
+    if len(set(ids)) < len(ids) or not all(0 <= token < checkpoint.vocab_size for token in ids):
         raise AdapterError(f"{file}: 'draft_ids' names a token twice, or one that the model does not have.")
     adapter.load_state_dict(
         {name: tensor.to(dtype if tensor.is_floating_point() else torch.int64) for name, tensor in tensors.items()},

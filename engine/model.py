@@ -360,7 +360,7 @@ class CausalLM(nn.Module):
             self._draft_ids, self._row_of_token = draft_ids, order.argsort()
         if head.device.type == "cpu":
             # There is no product of bfloat16 with a float32 result on CPU, so the head is widened.
-            self._packed_head = tuple(RowLinear(part.float()) for part in head.split(sizes))
+            self._packed_head = tuple(RowLinear(part.float()) for part in torch.split(head, sizes))
             packed += self._packed_head
         elif self.config.tie_word_embeddings:
             self._embedding_reordered = True

@@ -81,6 +81,8 @@ def random_adapter(base: Path, seed: int = 0, scale: float = 0.02, **changes: An
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         adapter.masks.mul_(0.2 / scale)  # like the embeddings
+    if adapter.draft_ids is not None:
+        adapter.draft_ids = torch.randperm(adapter.vocab_size, generator=generator)[: len(adapter.draft_ids)]
     return adapter
 
 

@@ -25,6 +25,22 @@ from skippy.engine.weights import Checkpoint, open_checkpoint
 
 CPU = torch.device("cpu")
 NAMES = ("adapter.json", "adapter.safetensors")
+SIZES = ("skip_start", "skip_end", "num_speculative_tokens", "lora_rank", "head_size", "bridge_rank")
+NOT_SIZES: tuple[object, ...] = (-1, 10**30, 2.0, True, "2", [2], {})
+NONSENSE: list[tuple[str, object]] = [
+    *((name, value) for name in SIZES for value in NOT_SIZES),
+    ("num_speculative_tokens", 0),
+    ("num_speculative_tokens", 33),
+    ("skip_start", 3),
+    ("skip_end", 0),
+    ("skip_end", 4),
+    ("lora_rank", 2**16 + 1),
+    ("recurrent", 1),
+    ("recurrent", "true"),
+    *(("draft_vocab_size", value) for value in (*NOT_SIZES, 97)),
+    ("fused", 1),
+    ("fused", True),  # with a band to skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +113,8 @@ class TestRoundTrip:
             {"bridge_rank": 0},
             {"recurrent": False},
             {"num_speculative_tokens": 1},
+            {"draft_vocab_size": 50},
+            {"skip_start": 1, "skip_end": 1, "bridge_rank": 0, "fused": True},
             {"skip_start": 0, "skip_end": 0},
             {"lora_rank": 0, "head_size": 0, "bridge_rank": 0, "num_speculative_tokens": 1},
         ],
@@ -104,8 +122,14 @@ class TestRoundTrip:
     def test_parts_may_be_left_out(
         self, base: Path, tmp_path: Path, checkpoint: Checkpoint, changes: dict[str, Any]
     ) -> None:
-        loaded = load(write_adapter(base, tmp_path / "a", **changes), checkpoint)
-        assert loaded.config == random_adapter(base, **changes).config
+        saved, loaded = (
+            random_adapter(base, **changes),
+            load(write_adapter(base, tmp_path / "a", **changes), checkpoint),
+        )
+        assert loaded.config == saved.config
+        assert (loaded.draft_ids is None) == (saved.draft_ids is None)
+        if loaded.draft_ids is not None and saved.draft_ids is not None:
+            assert torch.equal(loaded.draft_ids, saved.draft_ids)
 
     def test_on_disk_it_is_two_bytes_per_number(self, base: Path, folder: Path) -> None:
         assert sorted(os.listdir(folder)) == sorted(NAMES)
@@ -302,24 +326,22 @@ class TestRefused:
         change_tensors(folder, **{"bridge.gain": torch.zeros(64, dtype=torch.int32)})
         assert "'bridge.gain'" in self.refusal(folder, checkpoint)
 
-    @pytest.mark.parametrize(
-        ("name", "value"),
-        [
-            (name, value)
-            for name in ("skip_start", "skip_end", "num_speculative_tokens", "lora_rank", "head_size", "bridge_rank")
-            for value in (-1, 10**30, 2.0, True, "2", [2], {})
-        ]
-        + [
-            ("num_speculative_tokens", 0),
-            ("num_speculative_tokens", 33),
-            ("skip_start", 3),
-            ("skip_end", 0),
-            ("skip_end", 4),
-            ("lora_rank", 2**16 + 1),
-            ("recurrent", 1),
-            ("recurrent", "true"),
-        ],
-    )
+    @pytest.mark.parametrize("ids", [[3, 4, 3], [3, 4, 97], [-1, 4, 5]])
+    def test_tokens_to_draft_that_there_are_not(
+        self, base: Path, tmp_path: Path, checkpoint: Checkpoint, ids: list[int]
+    ) -> None:
+        folder = write_adapter(base, tmp_path / "a", draft_vocab_size=3)
+        change_tensors(folder, draft_ids=torch.tensor(ids, dtype=torch.int32))
+        assert "'draft_ids' names a token twice, or one that the model does not have" in self.refusal(
+            folder, checkpoint
+        )
+
+    def test_tokens_to_draft_that_are_no_integers(self, base: Path, tmp_path: Path, checkpoint: Checkpoint) -> None:
+        folder = write_adapter(base, tmp_path / "a", draft_vocab_size=3)
+        change_tensors(folder, draft_ids=torch.tensor([1.0, 2.0, 3.0]))
+        assert "'draft_ids' is of the type torch.float32" in self.refusal(folder, checkpoint)
+
+    @pytest.mark.parametrize(("name", "value"), NONSENSE)
     def test_nonsense_in_the_description(self, folder: Path, checkpoint: Checkpoint, name: str, value: object) -> None:
         describe(folder, **{name: value})
         assert "is not a usable description" in self.refusal(folder, checkpoint)

@@ -67,7 +67,7 @@ def draft(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[
     with torch.inference_mode():
         drafted = draft_chain(model, adapter, hidden, newest, prospects)
     assert drafted.dtype == torch.int64
-    return drafted.tolist()  # type: ignore[no-any-return]
+    return drafted.tolist()
 
 
 def chosen(model: CausalLM, hidden: Tensor, one: Prospect) -> list[int]:

@@ -27,6 +27,7 @@ from skippy.engine.sequence import Sequence
 PROMPT = (1, 5, 9, 5, 9, 5, 9)
 WHOLE = {"skip_start": 1, "skip_end": 1, "lora_rank": 0, "bridge_rank": 0, "head_size": 0}
 """Nothing is skipped and nothing added: the first row of a draft is the model's own."""
+FUSED = {"skip_start": 1, "skip_end": 1, "bridge_rank": 0, "fused": True}
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a head that forgets": {"recurrent": False},
@@ -41,6 +42,10 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "one row": {"num_speculative_tokens": 1},
     "many rows": {"num_speculative_tokens": 20},
     "far from the model": {"scale": 0.5},
+    "few tokens worth drafting": {"draft_vocab_size": 40},
+    "few of them and no head": {"draft_vocab_size": 60, "head_size": 0},
+    "fused": FUSED,
+    "fused without a head": {**FUSED, "head_size": 0},
 }
 
 
@@ -94,7 +99,7 @@ class TestExactness:
     def test_every_width(self, base: Path, tmp_path: Path, answers: Answers, width: int) -> None:
         folder = write_adapter(base, tmp_path / "a")
         sizes = {"block_size": 8, "adapter": str(folder)}
-        tally = assert_exact(base, answers, ("s3d",), ("greedy",), (width,), **sizes)  # type: ignore[arg-type]
+        tally = assert_exact(base, answers, ("s3d",), ("greedy",), (width,), **sizes)
         assert 0 < tally["s3d"].accepted < tally["s3d"].drafted
 
     def test_preemption_with_small_blocks(self, base: Path, tmp_path: Path, answers: Answers) -> None:
@@ -237,7 +242,12 @@ class TestExactness:
 @pytest.fixture(scope="module")
 def engines(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Engine]:
     """One for each of a few adapters and block sizes."""
-    kinds: list[dict[str, Any]] = [{}, {"head_size": 0, "skip_start": 0, "skip_end": 1}, {**WHOLE, "lora_rank": 3}]
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"head_size": 0, "skip_start": 0, "skip_end": 1},
+        {**WHOLE, "lora_rank": 3},
+        FUSED,
+    ]
     return [
         make_engine(
             base,
@@ -247,7 +257,7 @@ def engines(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Engine
             max_num_batched_tokens=budget,
             kv_cache_memory_bytes=(260 // size + 2) * size * 3 * 2 * 32 * 4,
         )
-        for changes, size, budget in zip(kinds, (3, 16, 7), (512, 11, 40), strict=True)
+        for changes, size, budget in zip(kinds, (3, 16, 7, 5), (512, 11, 40, 512), strict=True)
     ]
 
 
@@ -275,7 +285,7 @@ def batches(draw: st.DrawFn) -> list[Request]:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(which=st.integers(0, 2), made=batches(), at_once=st.integers(1, 6))
+@given(which=st.integers(0, 3), made=batches(), at_once=st.integers(1, 6))
 def test_whatever_is_asked_for_drafts_change_nothing(
     engines: list[Engine], which: int, made: list[Request], at_once: int
 ) -> None:

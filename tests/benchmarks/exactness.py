@@ -1,15 +1,17 @@
 """Every drafter, batch size and sampling mode on real prompts: how many tokens differ?
 
     python tests/benchmarks/exactness.py PROMPTS.jsonl [--limit N] [--max-tokens N] [--dtype D] [--reference N]
+        [--model M] [--adapter FOLDER]
 
 Plain decoding at batch 1 is what the others are held against, and the naive reference (no
 cache, no batch, float32) is held against it on the first few prompts. The first difference
 of an output is printed with the margin by which the reference would have chosen; what
-follows a difference is not compared. The drafters are those of the tests: an oracle, one
-that is always wrong, one that is right up to a random place, one that is a place late, and
-the model itself, which must be accepted whole. JSON on the last line; exit code 1 if more
-than one token in 20,000 differs in float32, if one of them was no near tie (a margin of 1e-4
-or more), or if the identity drafter is refused once.
+follows a difference is not compared. The drafters are the engine's own (s3d among them where
+there is an adapter) and those of the tests: an oracle, one that is always wrong, one that is
+right up to a random place, one that is a place late, and the model itself, which must be
+accepted whole. JSON on the last line; exit code 1 if more than one token in 20,000 differs
+in float32, if one of them was no near tie (a margin of 1e-4 or more), or if the identity
+drafter is refused once.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support_engine import run_dry, tokens_of
 from support_exactness import NEAR_TIE, add_drafters
 
-from skippy.engine import Engine, EngineConfig, Request, SamplingParams, Tokenizer
+from skippy.engine import BUILTIN_MODEL, Engine, EngineConfig, Request, SamplingParams, Tokenizer
 from skippy.engine.bench import describe_machine
 from skippy.engine.reference import reference_choice, reference_generate, reference_logits
 from skippy.engine.sampling import SamplingState
@@ -55,7 +57,8 @@ class Comparison:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.engine = Engine(EngineConfig(dtype=options.dtype, max_num_seqs=32))
+        config = EngineConfig(model=options.model, adapter=options.adapter, dtype=options.dtype, max_num_seqs=32)
+        self.engine = Engine(config)
         tokenizer = Tokenizer.load(self.engine.info.model_path)
         with open(options.prompts, encoding="utf-8") as lines:
             texts = [json.loads(line)["prompt"] for line in lines][: options.limit]
@@ -112,6 +115,8 @@ class Comparison:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts")
+    parser.add_argument("--model", default=BUILTIN_MODEL)
+    parser.add_argument("--adapter", help="folder of an adapter for s3d; the one beside the model without it")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
