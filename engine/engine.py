@@ -17,6 +17,7 @@ from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
 from skippy.engine.controller import Controller
 from skippy.engine.drafters.base import Drafter, Observer
+from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
@@ -41,6 +42,7 @@ from skippy.engine.types import (
 
 logger = logging.getLogger("skippy.engine")
 
+_OF_ADAPTER = (S3DDrafter.name, HybridDrafter.name)
 DEFAULT_SPECULATIVE_TOKENS = 4
 """For drafters that do not know better."""
 
@@ -86,6 +88,7 @@ class Engine:
             known.append(self._fused)
         elif built.adapter is not None:
             known.append(S3DDrafter(built.runner, built.adapter, self.states))
+            known.append(HybridDrafter(S3DDrafter(built.runner, built.adapter, self.states)))
         self.drafters = {drafter.name: drafter for drafter in known}
         self._default_drafter = self._choose_drafter()
         self._controller = Controller(built.adapter.config.num_speculative_tokens) if built.adapter else None
@@ -101,9 +104,9 @@ class Engine:
         wanted = self._config.drafter
         if wanted == "auto":
             return S3DDrafter.name if S3DDrafter.name in self.drafters else NgramDrafter.name
-        if wanted == S3DDrafter.name and wanted not in self.drafters:
+        if wanted in _OF_ADAPTER and wanted not in self.drafters:
             raise ConfigError(
-                f"The drafter s3d needs an adapter, and {self._checkpoint.path} has none: train one with "
+                f"The drafter {wanted} needs an adapter, and {self._checkpoint.path} has none: train one with "
                 "`skippy train`, or name its folder with adapter."
             )
         if wanted not in self.drafters:
@@ -131,7 +134,7 @@ class Engine:
         if wanted is None:
             wanted = self._config.num_speculative_tokens
         max_draft = 0 if drafter == NoDrafter.name else self._default_width(drafter) if wanted is None else wanted
-        if drafter == S3DDrafter.name and self._controller:
+        if drafter in _OF_ADAPTER and self._controller:
             max_draft = min(max_draft, self._controller.most)
         sequences: list[Sequence] = []
         for index in range(request.n):
@@ -141,7 +144,7 @@ class Engine:
                 seed=seed,
                 drafter=drafter,
                 max_draft=max_draft,
-                adaptive=wanted is None and drafter == S3DDrafter.name,
+                adaptive=wanted is None and drafter in _OF_ADAPTER,
                 end_ids=ends,
                 tokens=list(request.prompt_token_ids),
                 rides=self.drafters[drafter] is self._fused,
@@ -257,7 +260,7 @@ class Engine:
 
     def _default_width(self, drafter: str) -> int:
         """The most tokens to draft for a request that does not say."""
-        if drafter == S3DDrafter.name and self._controller:
+        if drafter in _OF_ADAPTER and self._controller:
             return self._controller.most
         return DEFAULT_SPECULATIVE_TOKENS
 

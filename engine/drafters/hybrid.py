@@ -1,0 +1,46 @@
+"""Prompt lookup where the text repeats itself at length, and S3D where it does not.
+
+A long repetition is the surest draft there is, and finding it costs no pass of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+
+from torch import Tensor
+
+from skippy.engine.drafters.ngram import lookup
+from skippy.engine.drafters.s3d import S3DDrafter
+from skippy.engine.sequence import Sequence
+
+MIN_MATCH = 6
+"""Tokens that must have occurred before: with fewer, a trained drafter foresees better."""
+
+
+class HybridDrafter:
+    """Looks up first, and lets the model draft for the sequences in which nothing is found."""
+
+    name = "hybrid"
+
+    def __init__(self, s3d: S3DDrafter) -> None:
+        self._s3d = s3d
+
+    @property
+    def taps(self) -> SequenceOf[int]:
+        return self._s3d.taps
+
+    def observe(self, sequences: SequenceOf[Sequence], hidden: Tensor, tapped: Mapping[int, Tensor]) -> None:
+        self._s3d.observe(sequences, hidden, tapped)
+
+    def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
+        drafts = [
+            lookup(sequence.tokens, limit, MIN_MATCH + sequence.misses)
+            for sequence, limit in zip(sequences, limits, strict=True)
+        ]
+        left = [place for place, draft in enumerate(drafts) if not draft]
+        if left:
+            others = self._s3d.propose([sequences[place] for place in left], [limits[place] for place in left])
+            for place, draft in zip(left, others, strict=True):
+                drafts[place] = draft
+        return drafts
