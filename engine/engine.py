@@ -85,10 +85,11 @@ class Engine:
         self._fused: S3DFusedDrafter | None = None
         if built.adapter is not None and built.adapter.config.fused:
             self._fused = S3DFusedDrafter(built.runner, built.adapter, self.states)
-            known.append(self._fused)
+            known += [self._fused, HybridDrafter(self._fused)]
         elif built.adapter is not None:
-            known.append(S3DDrafter(built.runner, built.adapter, self.states))
-            known.append(HybridDrafter(S3DDrafter(built.runner, built.adapter, self.states)))
+            # Each learns from its own sequences.
+            separate, within = (S3DDrafter(built.runner, built.adapter, self.states) for _ in range(2))
+            known += [separate, HybridDrafter(within)]
         self.drafters = {drafter.name: drafter for drafter in known}
         self._default_drafter = self._choose_drafter()
         self._controller = Controller(built.adapter.config.num_speculative_tokens) if built.adapter else None
@@ -147,7 +148,7 @@ class Engine:
                 adaptive=wanted is None and drafter in _OF_ADAPTER,
                 end_ids=ends,
                 tokens=list(request.prompt_token_ids),
-                rides=self.drafters[drafter] is self._fused,
+                rides=self._fused is not None and drafter in _OF_ADAPTER,
                 leader=sequences[0] if sequences else None,
             )
             state = self._sampling_state(sequence)

@@ -287,6 +287,16 @@ class TestEngine:
         _, steps = self.serve(make_engine(foreseen), GREEDY, num_speculative_tokens=16)
         assert max(step.draft_tokens for step in steps) == 6
 
+    def test_hybrid_rides_as_well(self, foreseen: Path) -> None:
+        engine = make_engine(foreseen)
+        prompts = [(1, 2, 3, 4, 5, 6, 7, 8) * 3, (9, 7)]
+        plain, drafted = (
+            run_dry(engine, [Request(str(i), p, SAMPLED, drafter=drafter) for i, p in enumerate(prompts)])
+            for drafter in ("none", "hybrid")
+        )
+        assert tokens_of(drafted) == tokens_of(plain)
+        assert sum(parts[-1].counts.accepted for parts in drafted.values()) > 20
+
     def test_drafters_share_a_batch(self, foreseen: Path) -> None:
         engine = make_engine(foreseen)
         prompts = [(3, 4, 5), (6, 7), (8,), tuple(range(20))]

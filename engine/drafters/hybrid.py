@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 from torch import Tensor
 
 from skippy.engine.drafters.ngram import lookup
-from skippy.engine.drafters.s3d import S3DDrafter
+from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
 from skippy.engine.sequence import Sequence
 
 MIN_MATCH = 6
@@ -23,15 +23,16 @@ class HybridDrafter:
 
     name = "hybrid"
 
-    def __init__(self, s3d: S3DDrafter) -> None:
+    def __init__(self, s3d: S3DDrafter | S3DFusedDrafter) -> None:
         self._s3d = s3d
 
     @property
     def taps(self) -> SequenceOf[int]:
-        return self._s3d.taps
+        return self._s3d.taps if isinstance(self._s3d, S3DDrafter) else ()
 
     def observe(self, sequences: SequenceOf[Sequence], hidden: Tensor, tapped: Mapping[int, Tensor]) -> None:
-        self._s3d.observe(sequences, hidden, tapped)
+        if isinstance(self._s3d, S3DDrafter):
+            self._s3d.observe(sequences, hidden, tapped)
 
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         drafts = [
