@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 DECAY = 0.98
 """What is left of an acceptance measured one draft ago. A text changes its character within a few lines."""
 TIME_SHARE = 0.2
-"""How far a new time moves its estimate; at most by a factor of 2, so that a hiccup does not."""
+"""How far a new time moves its estimate."""
+HICCUP = 1.25
+"""A time that much longer than its estimate counts as no more: machines have moods."""
 PROBE_EVERY = 64
 """Steps between two looks at the width that was not measured for the longest time.
 
@@ -104,7 +106,7 @@ class _BatchClass:
             self._unmeasured.remove(width)
             self._seconds[width] = min(old, seconds)
             return
-        self._seconds[width] = old + TIME_SHARE * (min(max(seconds, old / 2), old * 2) - old)
+        self._seconds[width] = old + TIME_SHARE * (min(seconds, HICCUP * old) - old)
 
 
 def _power_of_two(batch: int) -> int:
