@@ -93,8 +93,8 @@ class Settings(BaseModel):
     )
     drafter: str = Field(
         default=_ENGINE_DEFAULTS.drafter,
-        description="what proposes tokens ahead: s3d, ngram or none; a request may name another; auto takes s3d where "
-        "there is an adapter, else ngram",
+        description="what proposes tokens ahead: s3d, hybrid, ngram or none; a request may name another; auto takes "
+        "s3d where there is an adapter, else ngram",
     )
     adapter: str | None = Field(
         default=_ENGINE_DEFAULTS.adapter,

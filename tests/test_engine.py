@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support_engine import OracleDrafter, run_dry, tokens_of, write_checkpoint
+from support_engine import OracleDrafter, run_dry, tokens_of, write_adapter, write_checkpoint
 
 from skippy.engine import (
     ConfigError,
@@ -207,16 +207,16 @@ def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
 ) -> None:
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
     alone = tokens_of(run_dry(engine, [Request("good", PROMPT, params)]))["good", 0]
-    embed = engine.runner.model.model.embed_tokens
+    model = engine.runner.model
     poison = 96
 
     def embed_with_nan(ids: torch.Tensor) -> torch.Tensor:
-        x = torch.nn.functional.embedding(ids, embed.weight)
+        x = torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
         x[ids == poison] = float("nan")
         return x
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "forward", embed_with_nan)
+        patch.setattr(model, "embed", embed_with_nan)
         engine.add(Request("bad", (5, poison, 7), params))
         engine.add(Request("good", PROMPT, params))
         ends, good = {}, []
@@ -236,15 +236,15 @@ def test_a_prompt_that_is_not_finite_is_noticed_in_its_first_chunk_and_erased(
     engine = Engine(
         EngineConfig(model=str(folder), device="cpu", block_size=16, max_num_seqs=2, max_num_batched_tokens=20)
     )
-    embed = engine.runner.model.model.embed_tokens
+    model = engine.runner.model
 
     def embed_with_nan(ids: torch.Tensor) -> torch.Tensor:
-        x = torch.nn.functional.embedding(ids, embed.weight)
+        x = torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
         x[ids == 96] = float("nan")
         return x
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed, "forward", embed_with_nan)
+        patch.setattr(model, "embed", embed_with_nan)
         engine.add(Request("bad", (5, 96, *range(3, 73)), SamplingParams(max_tokens=5)))
         (output,) = engine.step().outputs
         assert output.finish_reason == "error"
@@ -300,6 +300,36 @@ def test_a_request_larger_than_the_cache_is_refused_at_once(folder: Path) -> Non
 def test_an_unknown_drafter_cannot_be_configured(folder: Path) -> None:
     with pytest.raises(ConfigError, match="psychic"):
         Engine(EngineConfig(model=str(folder), device="cpu", drafter="psychic"))
+
+
+@pytest.fixture(scope="module")
+def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_adapter(folder, tmp_path_factory.mktemp("adapter"), num_speculative_tokens=5))
+
+
+class TestDefaultDrafter:
+    @pytest.mark.parametrize(
+        ("drafter", "expected", "width"), [("auto", "s3d", 5), ("s3d", "s3d", 5), ("ngram", "ngram", 4)]
+    )
+    def test_with_an_adapter(self, folder: Path, adapter: str, drafter: str, expected: str, width: int) -> None:
+        engine = Engine(EngineConfig(model=str(folder), device="cpu", drafter=drafter, adapter=adapter))
+        assert (engine.info.drafter, engine.info.num_speculative_tokens) == (expected, width)
+        assert {"none", "ngram", "s3d"} <= set(engine.info.drafters)
+        assert run(engine, max_tokens=2)[-1].drafter == expected
+
+    def test_without_one(self, engine: Engine) -> None:
+        assert engine.info.drafter == "ngram"
+        assert "s3d" not in engine.info.drafters
+        with pytest.raises(InvalidRequest, match="no drafter 's3d'"):
+            engine.add(Request("r", PROMPT, drafter="s3d"))
+
+    def test_a_width_that_is_given_holds_for_every_drafter(self, folder: Path, adapter: str) -> None:
+        engine = Engine(EngineConfig(model=str(folder), device="cpu", adapter=adapter, num_speculative_tokens=2))
+        assert engine.info.num_speculative_tokens == 2
+        steps: list[StepStats] = []
+        params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+        run_dry(engine, [Request("r", PROMPT, params)], on_step=steps.append)
+        assert [stats.draft_tokens for stats in steps[1:4]] == [2, 2, 2]
 
 
 def test_without_a_draft_no_time_is_booked_as_drafting(engine: Engine) -> None:

@@ -31,7 +31,7 @@ def test_every_drafter_and_mode_emits_what_the_reference_emits(folder: Path, ans
     assert tallies["wrong"].accepted < tallies["wrong"].drafted // 10
     for name in ("oracle", "identity"):
         assert tallies[name].accepted == tallies[name].drafted > 100
-    for name in ("ngram", "s3d", "random", "off-by-one"):
+    for name in ("ngram", "s3d", "hybrid", "random", "off-by-one"):
         assert 0 < tallies[name].accepted < tallies[name].drafted
 
 

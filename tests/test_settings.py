@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from skippy.engine import ConfigError, EngineConfig
+from skippy.server.cli import COMMANDS
 from skippy.server.settings import (
     Settings,
     Value,
@@ -184,6 +185,27 @@ def test_settings_hold_every_field_of_the_engine_config() -> None:
     assert changed.engine_config() == EngineConfig(
         model="m", dtype="float32", num_threads=3, enable_prefix_caching=False
     )
+
+
+def test_the_adapter_is_a_folder_or_unset(config: Path) -> None:
+    assert load({}, {"SKIPPY_ADAPTER": ""}).settings.adapter is None
+    config.write_text("adapter: 7\n")
+    assert load({}, {}, str(config)).settings.engine_config().adapter == "7"
+    assert load({"adapter": Value("a b", "--adapter")}, {}, str(config)).settings.adapter == "a b"
+
+
+def test_drafts_are_as_wide_as_pays_unless_a_width_is_given() -> None:
+    assert load({}, {}).settings.engine_config().num_speculative_tokens is None
+    assert load({}, {"SKIPPY_NUM_SPECULATIVE_TOKENS": "0"}).settings.num_speculative_tokens == 0
+    with pytest.raises(ConfigError, match=r"at least 0, got -1 .num_speculative_tokens is from"):
+        load({}, {"SKIPPY_NUM_SPECULATIVE_TOKENS": "-1"})
+
+
+@pytest.mark.parametrize(
+    ("command", "takes"), [("serve", True), ("generate", True), ("bench", True), ("verify", False)]
+)
+def test_commands_that_run_an_engine_take_an_adapter(command: str, takes: bool) -> None:
+    assert ("adapter" in COMMANDS[command].settings) == takes
 
 
 def test_settings_do_not_change() -> None:
