@@ -62,7 +62,6 @@ class SDPAAttention:
         self.scale = scale
         self._max_base = -(-max_len // pool.block_size) * pool.block_size
         self._mask = self._mask_table()
-        self._ancestor_mask = lru_cache(32)(self._make_ancestor_mask)
         self.multiple = self._measure_multiple()
 
     @property
@@ -84,8 +83,9 @@ class SDPAAttention:
 
     def rider_mask(self, riders: RiderSegment) -> Tensor:
         """Additive mask [riders * group, slots]. What precedes the ridden rows is seen by all."""
-        near = self._ancestor_mask(riders.num_ridden, riders.width)
-        slots = len(riders.table) * self.pool.block_size
+        size, keys = self.pool.block_size, self.pool.keys
+        near = _ancestor_mask(riders.num_ridden, riders.width, size, self.group, keys.dtype, keys.device)
+        slots = len(riders.table) * size
         return F.pad(near[:, : slots - riders.position], (riders.position, 0))
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -100,16 +100,6 @@ class SDPAAttention:
         mask = torch.zeros(len(row), column.shape[1], dtype=self.pool.keys.dtype, device=device)
         mask.masked_fill_(column > self._max_base + row, float("-inf"))
         return mask.repeat_interleave(self.group, dim=0)
-
-    def _make_ancestor_mask(self, num_ridden: int, width: int) -> Tensor:
-        """[riders * group, ridden rows + riders + block_size]; nobody sees the last block_size columns."""
-        device = self.pool.keys.device
-        behind = torch.arange(num_ridden, device=device).repeat_interleave(width)  # which row each rides behind
-        rows = torch.arange(num_ridden, device=device) <= behind[:, None]
-        own = (behind == behind[:, None]).tril()
-        seen = F.pad(torch.cat((rows, own), 1), (0, self.pool.block_size))
-        mask = torch.zeros(seen.shape, dtype=self.pool.keys.dtype, device=device)
-        return mask.masked_fill_(~seen, float("-inf")).repeat_interleave(self.group, dim=0)
 
     def _measure_multiple(self) -> int:
         """The smallest multiple of rows for which every row comes out the same, to the bit."""
@@ -206,3 +196,16 @@ class _SDPAPass:
                 attended = backend.attend(folded[:, :, source], *backend.pool.read(layer, where), mask)
                 out[target] = attended[0].transpose(0, 1)[: target.stop - target.start]
         return out.reshape(rows, -1)
+
+
+@lru_cache(32)
+def _ancestor_mask(
+    num_ridden: int, width: int, beyond: int, group: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """[riders * group, ridden rows + riders + beyond]; nobody sees the last columns."""
+    behind = torch.arange(num_ridden, device=device).repeat_interleave(width)  # which row each rides behind
+    rows = torch.arange(num_ridden, device=device) <= behind[:, None]
+    own = (behind == behind[:, None]).tril()
+    seen = F.pad(torch.cat((rows, own), 1), (0, beyond))
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+    return mask.repeat_interleave(group, dim=0)
