@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support_engine import TINY_ADAPTER, random_adapter, run_dry, tokens_of, write_adapter, write_checkpoint
+from support_engine import (
+    TINY_ADAPTER,
+    RandomDrafter,
+    random_adapter,
+    run_dry,
+    tokens_of,
+    write_adapter,
+    write_checkpoint,
+)
 from support_exactness import Answers, add_drafters, assert_exact, reference_answers
 from torch import Tensor
 
@@ -27,6 +35,7 @@ from skippy.engine.drafters.s3d import S3DFusedDrafter
 from skippy.engine.errors import AdapterError
 from skippy.engine.model import full_plan
 from skippy.engine.runner import Rows, Runner
+from skippy.engine.sequence import Sequence as ScheduledSequence
 from skippy.engine.training.passes import draft_rows, teach
 from skippy.engine.weights import load_model, open_checkpoint
 
@@ -252,6 +261,33 @@ class TestEngine:
         assert [step.generation_tokens for step in steps] == [1, 5, 5, 5, 5, 5, 4]
         assert [step.draft_tokens for step in steps] == [0, 4, 4, 4, 4, 4, 3]
         assert all(step.accepted_tokens == step.draft_tokens for step in steps)
+
+    def test_drafts_come_from_the_riders_behind_the_last_accepted_row(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many were accepted, they are what training would compute at the newest token."""
+        seen: list[tuple[list[int], Tensor]] = []
+
+        def collect(_: S3DFusedDrafter, riders: dict[ScheduledSequence, Tensor]) -> None:
+            seen.extend((list(sequence.tokens), hidden) for sequence, hidden in riders.items() if len(hidden))
+
+        engine = make_engine(folder)
+        prompts = [(5, 9) * 8, (7,) * 20, (1, 2, 3)]
+        requests = [Request(str(i), prompt, GREEDY, drafter="none") for i, prompt in enumerate(prompts)]
+        lucky = RandomDrafter(tokens_of(run_dry(engine, requests)), 97)
+        monkeypatch.setattr(S3DFusedDrafter, "collect", collect)
+        monkeypatch.setattr(S3DFusedDrafter, "propose", lambda _, sequences, limits: lucky.propose(sequences, limits))
+        _, steps = self.serve(engine, GREEDY, prompts)
+        assert {count for step in steps for count in step.accepted_per_step} == {0, 1, 2, 3, 4}
+        assert len(seen) > 30
+        checkpoint = open_checkpoint(str(folder))
+        model = load_model(checkpoint, torch.float32, torch.device("cpu"), 256)
+        adapter = load_adapter(folder / BESIDE_MODEL, checkpoint, torch.float32, torch.device("cpu"))
+        for tokens, hidden in seen:
+            text = torch.tensor([tokens])
+            with torch.no_grad():
+                wanted = draft_rows(model, adapter, teach(model, adapter, text), torch.tensor([[len(tokens) - 1]]))
+            torch.testing.assert_close(hidden, wanted[0, 0, : len(hidden)], rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("max_tokens", range(1, 9))
     def test_any_length_ends_where_it_should(self, foreseen: Path, max_tokens: int) -> None:
