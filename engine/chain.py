@@ -1,14 +1,16 @@
 """From the rows of a draft pass to a chain of tokens.
 
-The rows' hidden states meet the model's head once, all together, which leaves a few
-candidates per row. Then the adapter's sequential head goes over the rows in order, and
-rescores the candidates of each in the light of the token drafted before.
+The adapter's sequential head goes over the rows in order and corrects the hidden state of
+each in the light of the token drafted before it. The corrected state meets the model's head:
+all of it while that is cheap; of a large vocabulary only a few candidates of each row, those
+that the rows' uncorrected states find likeliest, in one product for all rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,11 @@ from skippy.engine.model import CausalLM
 from skippy.engine.sampling import SamplingState, exponential, fold, noise_bits, survivors
 from skippy.engine.tensors import to_device
 
-NUM_CANDIDATES = 32
+WHOLE_BELOW = 2**24
+"""Weights of the draft vocabulary's head up to which every row of a draft reads them all."""
+NUM_CANDIDATES = 128
+NUM_SAMPLED = 64
+"""Tokens among which a sampled draft is chosen; the rest of the mass is small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +33,13 @@ class Prospect:
 
     state: SamplingState
     index: int
+
+
+class Scored(NamedTuple):
+    """Some tokens for each of B sequences, the likeliest ones at least."""
+
+    logits: Tensor  # [B, K] float32
+    ids: Tensor | None  # [B, K] int64; None where column v is token v
 
 
 def draft_chain(
@@ -41,97 +54,101 @@ def draft_chain(
         hidden: [B, G, hidden_size], the last hidden states of the draft rows, not normalised.
         newest: [B] int64, the token of each sequence's first row.
     """
-    batch, width, size = hidden.shape
-    best, ids, altered = _candidates(model, hidden.reshape(-1, size), prospects)
-    best, ids = best.view(batch, width, -1), ids.view(batch, width, -1)
-    choice = _Choice(ids, prospects)
+    choose = _Choice(prospects)
+    score = _scorer(model, adapter, hidden)
+    uncorrected = hidden.unbind(1)
     if adapter.head is None:
-        return torch.stack([choice.pick(row, best[:, row]) for row in range(width)], 1)
-    rescore = _Rescorer(model, ids, None if altered is None else altered.view_as(ids), choice)
+        return torch.stack([choose(row, score(row, x)) for row, x in enumerate(uncorrected)], 1)
+    prepared = adapter.head.prepare(hidden).unbind(1)
     state: Tensor | None = None
     token, drafted = newest, []
-    for row, (prepared, uncorrected) in enumerate(
-        zip(adapter.head.prepare(hidden).unbind(1), hidden.unbind(1), strict=True)
-    ):
-        state = adapter.head.step(prepared, model.embed(token), model.embedding_scale, state)
-        token = choice.pick(row, rescore(row, adapter.head.correct(uncorrected, state)))
+    for row, x in enumerate(uncorrected):
+        state = adapter.head.step(prepared[row], model.embed(token), model.embedding_scale, state)
+        token = choose(row, score(row, adapter.head.correct(x, state)))
         drafted.append(token)
     return torch.stack(drafted, 1)
 
 
-def _candidates(model: CausalLM, hidden: Tensor, prospects: Sequence[Prospect]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The likeliest tokens of every row: logits, ids and what penalties, bias and bans added to the logits.
-
-    hidden [B * G, hidden_size] to [B * G, K] each; None where nothing is added.
-    """
-    if not any(p.state.alters for p in prospects):
-        logits, of_column = model.draft_logits(hidden)
-        best, columns = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)
-        return best, columns if of_column is None else of_column[columns], None
-    raw = model.logits(hidden)
-    logits = raw.clone()
-    for p, rows in zip(prospects, logits.chunk(len(prospects)), strict=True):
-        if p.state.alters:
-            p.state.alter(rows, (), p.index)
-    best, ids = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1)
-    return best, ids, best - raw.gather(-1, ids)
+def _scorer(model: CausalLM, adapter: S3DAdapter, hidden: Tensor) -> _WholeHead | _Candidates:
+    draftable = model.config.vocab_size if adapter.draft_ids is None else len(adapter.draft_ids)
+    if adapter.head is None or draftable * hidden.shape[-1] <= WHOLE_BELOW:
+        return _WholeHead(model)
+    return _Candidates(model, hidden)
 
 
-class _Rescorer:
-    """Logits of the candidates alone, or where only their order counts, something proportional to them.
+class _WholeHead:
+    """The logits of every token worth drafting."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self._model = model
+
+    def __call__(self, row: int, hidden: Tensor) -> Scored:
+        """hidden [B, hidden_size], of row `row`, corrected."""
+        del row
+        logits, ids = self._model.draft_logits(hidden)
+        return Scored(logits, None if ids is None else ids.expand_as(logits))
+
+
+class _Candidates:
+    """The logits of a few candidates of each row.
 
     Args:
-        ids: the candidates, [B, G, K].
-        altered: what penalties and the like added to their logits, [B, G, K], or None.
+        hidden: [B, G, hidden_size], not corrected.
     """
 
-    def __init__(self, model: CausalLM, ids: Tensor, altered: Tensor | None, choice: _Choice) -> None:
-        norm = model.model.norm
-        # norm(x) . w = x . (weight * w) / rms(x): the weight goes over to the candidates' side once.
-        self._rows = (model.head_rows(ids) * norm.weight).unbind(1)
-        self._eps = norm.eps
-        self._altered = altered
-        self._only_order = altered is None and choice.greedy
+    def __init__(self, model: CausalLM, hidden: Tensor) -> None:
+        logits, ids = model.draft_logits(hidden.flatten(0, 1))
+        columns = logits.topk(min(NUM_CANDIDATES, logits.shape[-1]), dim=-1, sorted=False).indices
+        of_row = (columns if ids is None else ids[columns]).view(*hidden.shape[:2], -1)
+        self._ids = of_row.unbind(1)
+        self._rows = model.head_rows(of_row).unbind(1)  # [B, K, hidden_size] each
+        self._norm = model.model.norm
 
-    def __call__(self, row: int, hidden: Tensor) -> Tensor:
-        """hidden [B, hidden_size], of row `row`, to [B, K] float32."""
-        scores = torch.bmm(self._rows[row], hidden[:, :, None]).squeeze(-1)
-        if self._only_order:
-            return scores
-        square = torch.linalg.vecdot(hidden, hidden)[:, None].float()
-        scores = scores.float() * torch.rsqrt(square / hidden.shape[-1] + self._eps)
-        return scores if self._altered is None else scores + self._altered[:, row]
+    def __call__(self, row: int, hidden: Tensor) -> Scored:
+        """hidden [B, hidden_size], of row `row`, corrected."""
+        logits = torch.bmm(self._rows[row], self._norm(hidden)[:, :, None]).squeeze(-1)
+        return Scored(logits.float(), self._ids[row])
 
 
 class _Choice:
-    """Chooses among candidates as `sampling.choose` will among all tokens.
+    """Chooses as `sampling.choose` will."""
 
-    Args:
-        ids: the candidates, [B, G, K].
-    """
-
-    def __init__(self, ids: Tensor, prospects: Sequence[Prospect]) -> None:
-        self._ids = ids.unbind(1)
+    def __init__(self, prospects: Sequence[Prospect]) -> None:
+        self._prospects = prospects
         self._params = [p.state.params for p in prospects]
-        self.greedy = all(p.greedy for p in self._params)
-        if self.greedy:
-            return
-        device, width = ids.device, ids.shape[1]
-        keys = [fold(p.state.key(p.index + row)) for p in prospects for row in range(width)]
-        folded = to_device(keys, device).int().view(len(prospects), width, 1)
-        noise = exponential(noise_bits(folded, ids.int())).log().float()
-        greedy = torch.tensor([p.greedy for p in self._params], device=device)
-        self._log_noise = noise.masked_fill_(greedy[:, None, None], 0.0).unbind(1)
-        self._temperature = torch.tensor(
-            [1.0 if p.greedy else p.temperature for p in self._params], dtype=torch.float32, device=device
-        )[:, None]
+        self._alters = any(p.state.alters for p in prospects)
+        self._greedy = all(p.greedy for p in self._params)
         self._truncates = any(p.top_k or p.top_p < 1.0 or p.min_p for p in self._params)
 
-    def pick(self, row: int, scores: Tensor) -> Tensor:
-        """scores [B, K] of row `row`'s candidates to the tokens chosen, [B]."""
-        if not self.greedy:
-            scores = scores / self._temperature
-            if self._truncates and (keep := survivors(scores.softmax(-1), self._params)) is not None:
-                scores = scores.masked_fill(~keep, float("-inf"))
-            scores = scores - self._log_noise[row]
-        return self._ids[row].gather(1, scores.argmax(-1, keepdim=True)).squeeze(1)
+    def __call__(self, row: int, scored: Scored) -> Tensor:
+        """The token of row `row` of every draft, [B]."""
+        logits, ids = self._altered(row, scored) if self._alters else scored
+        if not self._greedy:
+            best, columns = logits.topk(min(NUM_SAMPLED, logits.shape[-1]), dim=-1)
+            ids = columns if ids is None else ids.gather(1, columns)
+            logits = self._noisy(row, best, ids)
+        column = logits.argmax(-1, keepdim=True)
+        return (column if ids is None else ids.gather(1, column)).squeeze(1)
+
+    def _altered(self, row: int, scored: Scored) -> Scored:
+        """Penalties, bias and bans need a column for every token; those not scored stay out of the running."""
+        logits, ids = scored
+        if ids is not None:
+            whole = logits.new_full((len(logits), self._prospects[0].state.vocab_size), float("-inf"))
+            logits = whole.scatter_(1, ids, logits)
+        for p, line in zip(self._prospects, logits.split(1), strict=True):
+            if p.state.alters:
+                p.state.alter(line, (), p.index + row)
+        return Scored(logits, None)
+
+    def _noisy(self, row: int, logits: Tensor, ids: Tensor) -> Tensor:
+        """logits [B, K] of tokens `ids`, by temperature and with the noise of the token to be chosen."""
+        device = logits.device
+        temperature = [1.0 if p.greedy else p.temperature for p in self._params]
+        scores = logits / torch.tensor(temperature, dtype=torch.float32, device=device)[:, None]
+        if self._truncates and (keep := survivors(scores.softmax(-1), self._params)) is not None:
+            scores = scores.masked_fill(~keep, float("-inf"))
+        keys = to_device([fold(p.state.key(p.index + row)) for p in self._prospects], device).int()
+        log_noise = exponential(noise_bits(keys[:, None], ids.int())).log().float()
+        greedy = torch.tensor([p.greedy for p in self._params], device=device)
+        return scores - log_noise.masked_fill_(greedy[:, None], 0.0)

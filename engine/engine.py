@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
 
 from skippy.engine.accept import accept
+from skippy.engine.adapter import S3DAdapter
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
 from skippy.engine.controller import Controller
 from skippy.engine.drafters.base import Drafter, Observer
-from skippy.engine.drafters.hybrid import HybridDrafter
+from skippy.engine.drafters.hybrid import LOOKUP_WIDTH, HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
@@ -92,7 +94,7 @@ class Engine:
             known += [separate, HybridDrafter(within)]
         self.drafters = {drafter.name: drafter for drafter in known}
         self._default_drafter = self._choose_drafter()
-        self._controller = Controller(built.adapter.config.num_speculative_tokens) if built.adapter else None
+        self._controllers = _controllers(built.adapter, self.drafters)
         self.info = self._describe()
 
     def add_drafter(self, drafter: Drafter) -> None:
@@ -104,7 +106,7 @@ class Engine:
         """The drafter of requests that name none."""
         wanted = self._config.drafter
         if wanted == "auto":
-            return S3DDrafter.name if S3DDrafter.name in self.drafters else NgramDrafter.name
+            return HybridDrafter.name if HybridDrafter.name in self.drafters else NgramDrafter.name
         if wanted in _OF_ADAPTER and wanted not in self.drafters:
             raise ConfigError(
                 f"The drafter {wanted} needs an adapter, and {self._checkpoint.path} has none: train one with "
@@ -135,8 +137,8 @@ class Engine:
         if wanted is None:
             wanted = self._config.num_speculative_tokens
         max_draft = 0 if drafter == NoDrafter.name else self._default_width(drafter) if wanted is None else wanted
-        if drafter in _OF_ADAPTER and self._controller:
-            max_draft = min(max_draft, self._controller.most)
+        if drafter in self._controllers:
+            max_draft = min(max_draft, self._controllers[drafter].most)
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
@@ -145,7 +147,7 @@ class Engine:
                 seed=seed,
                 drafter=drafter,
                 max_draft=max_draft,
-                adaptive=wanted is None and drafter in _OF_ADAPTER,
+                adaptive=wanted is None and drafter in self._controllers,
                 end_ids=ends,
                 tokens=list(request.prompt_token_ids),
                 rides=self._fused is not None and drafter in _OF_ADAPTER,
@@ -180,8 +182,8 @@ class Engine:
         clock = Clock(self.runner.pool.keys.device)
         stats = StepStats(kv_blocks_total=self._blocks.num_blocks)
         outputs: list[SequenceOutput] = []
-        width = self._width()
-        schedule = self._scheduler.schedule(width)
+        widths = self._widths()
+        schedule = self._scheduler.schedule(widths)
         if schedule.work:
             try:
                 stats.host_seconds = clock.lap()
@@ -198,27 +200,36 @@ class Engine:
                 self._show_drafters(schedule, drafts, computed)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
-        self._inform_controller(schedule, width, stats)
+        self._inform_controller(schedule, widths, stats)
         now = self.load()
         stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
         stats.preemptions = schedule.preempted
         stats.host_seconds += clock.lap()
         return StepOutput(outputs, stats)
 
-    def _width(self) -> int:
-        """How many tokens to draft for each sequence that leaves it to the controller."""
-        if self._controller is None:
-            return 0
-        batch = sum(sequence.adaptive and sequence.decoding for sequence in self._scheduler.running)
-        return self._controller.width(max(1, batch))
+    def _widths(self) -> dict[str, int]:
+        """By drafter, how many tokens to draft for each sequence that leaves it to the controller."""
+        batch = Counter(s.drafter for s in self._scheduler.running if s.adaptive and s.decoding)
+        return {
+            name: controller.width(batch[name]) if batch[name] else controller.most
+            for name, controller in self._controllers.items()
+        }
 
-    def _inform_controller(self, schedule: Schedule, width: int, stats: StepStats) -> None:
-        """Show what a step took if it was all of one kind: drafts of that width, and nothing else."""
-        drafted = stats.draft_tokens == width * len(schedule.work)
-        if self._controller and drafted and all(work.sequence.adaptive for work in schedule.work):
-            seconds = stats.draft_seconds + stats.verify_seconds
-            if seconds and not stats.prefill_seconds:
-                self._controller.observe(len(schedule.work), width, seconds, stats.accepted_per_step)
+    def _inform_controller(self, schedule: Schedule, widths: Mapping[str, int], stats: StepStats) -> None:
+        """Show what a step took if all its sequences were of one drafter and drafted for at full width."""
+        work = schedule.work
+        controller = self._controllers.get(work[0].sequence.drafter) if work else None
+        if controller is None or stats.prefill_seconds or not stats.verify_seconds:
+            return
+        drafter = work[0].sequence.drafter
+        width = widths[drafter]
+        if any(w.sequence.drafter != drafter or not w.sequence.adaptive or w.lookahead != width for w in work):
+            return
+        if self._fused and stats.draft_tokens < width * len(work):
+            return  # the step before let fewer masks ride
+        nothing = [0] * (len(work) - len(stats.accepted_per_step))
+        seconds = stats.draft_seconds + stats.verify_seconds
+        controller.observe(len(work), width, seconds, stats.accepted_per_step + nothing)
 
     def check(self) -> None:
         """Raise AssertionError unless the blocks' books balance; when idle, none may be held."""
@@ -261,9 +272,8 @@ class Engine:
 
     def _default_width(self, drafter: str) -> int:
         """The most tokens to draft for a request that does not say."""
-        if drafter in _OF_ADAPTER and self._controller:
-            return self._controller.most
-        return DEFAULT_SPECULATIVE_TOKENS
+        controller = self._controllers.get(drafter)
+        return controller.most if controller else DEFAULT_SPECULATIVE_TOKENS
 
     def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
         return [
@@ -451,6 +461,16 @@ class Engine:
             kv_bytes=pool.num_bytes,
             max_num_seqs=self._config.max_num_seqs,
         )
+
+
+def _controllers(adapter: S3DAdapter | None, drafters: Collection[str]) -> dict[str, Controller]:
+    """One for every drafter whose drafts cost a pass, or rows of one."""
+    if adapter is None:
+        return {}
+    width, fused = adapter.config.num_speculative_tokens, adapter.config.fused
+    # A fused adapter has no more masks to let ride behind a draft than it drafts itself.
+    widest = {S3DDrafter.name: width, HybridDrafter.name: width if fused else max(width, LOOKUP_WIDTH)}
+    return {name: Controller(most) for name, most in widest.items() if name in drafters}
 
 
 def _decision_rows(logits: Tensor, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Tensor:

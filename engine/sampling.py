@@ -47,6 +47,7 @@ class SamplingState:
     ) -> None:
         self.params = params
         self.prompt_len = len(prompt)
+        self.vocab_size = vocab_size
         self._seed, self._choice = seed, choice
         self._banned = to_device(sorted(banned), device)
         self._bias_ids = to_device(list(params.logit_bias), device)

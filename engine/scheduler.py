@@ -15,12 +15,14 @@ whatever runs, runs as if there were no riders.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from skippy.engine.blocks import BlockAllocator, extend_digests
 from skippy.engine.errors import InvalidRequest
 from skippy.engine.sequence import Sequence
 
+_NO_WIDTHS: Mapping[str, int] = {}
 PROMPT_LOGPROB_ROWS = 64
 """Prompt rows that get logits are computed in chunks of so many: logits are large."""
 
@@ -103,11 +105,11 @@ class Scheduler:
             )
         self.waiting.append(sequence)
 
-    def schedule(self, width: int = 0) -> Schedule:
+    def schedule(self, widths: Mapping[str, int] = _NO_WIDTHS) -> Schedule:
         """What the next step computes; blocks for all of it are held when this returns.
 
         Args:
-            width: the most tokens to draft for each adaptive sequence, now and, by riders, next time.
+            widths: by drafter, the most tokens to draft for each adaptive sequence, now and, by riders, next time.
         """
         work: list[Work] = []
         rows = self._max_rows
@@ -118,7 +120,7 @@ class Scheduler:
             # One row is kept for each sequence behind, so nobody starves behind a long prompt.
             free_rows = rows - (len(self.running) - place - 1)
             known = min(_rows_left(sequence), free_rows)
-            lookahead = min(self._wanted_lookahead(sequence, width), free_rows - known)
+            lookahead = min(self._wanted_lookahead(sequence, widths), free_rows - known)
             slots = sequence.computed + known + lookahead
             while not self._reserve(sequence, slots) and sequence in self.running:
                 self._preempt(self.running[-1])
@@ -128,7 +130,7 @@ class Scheduler:
                 rows -= known + lookahead
         if not preempted:
             rows = self._admit(work, rows)
-        self._seat_riders(work, rows, width)
+        self._seat_riders(work, rows, widths)
         return Schedule(work, preempted)
 
     def commit(self, sequence: Sequence, computed: int) -> None:
@@ -168,12 +170,12 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed_over))
         return rows
 
-    def _seat_riders(self, work: list[Work], rows: int, width: int) -> None:
+    def _seat_riders(self, work: list[Work], rows: int, widths: Mapping[str, int]) -> None:
         """Give riders to work that chooses, as far as rows and blocks last. The next drafts are no longer than that."""
         for place, one in enumerate(work):
             slots = (len(one.sequence.table) + self._blocks.num_free) * self._block_size
             room = min(rows, slots - one.start - one.num_slots) // (one.lookahead + 1)
-            seated = replace(one, riders=min(room, self._wanted_riders(one, width)))
+            seated = replace(one, riders=min(room, self._wanted_riders(one, widths)))
             if seated.riders > 0:
                 self._reserve(one.sequence, one.start + seated.num_slots)
                 work[place] = seated
@@ -213,18 +215,18 @@ class Scheduler:
     def _is_ahead(self, leader: Sequence) -> bool:
         return leader.finish_reason is None and not leader.prompt_computed
 
-    def _wanted_lookahead(self, sequence: Sequence, width: int) -> int:
+    def _wanted_lookahead(self, sequence: Sequence, widths: Mapping[str, int]) -> int:
         """Drafts end one token before max_len: the verifier's own token is always the last."""
         if not sequence.decoding:
             return 0
-        return max(0, min(_most(sequence, width), sequence.max_len - len(sequence.tokens) - 1))
+        return max(0, min(_most(sequence, widths), sequence.max_len - len(sequence.tokens) - 1))
 
-    def _wanted_riders(self, work: Work, width: int) -> int:
+    def _wanted_riders(self, work: Work, widths: Mapping[str, int]) -> int:
         """As many as the next step can draft tokens, which has at least one more that is known."""
         sequence = work.sequence
         if not sequence.rides or not work.chooses:
             return 0
-        return max(0, min(_most(sequence, width), sequence.max_len - len(sequence.tokens) - 2))
+        return max(0, min(_most(sequence, widths), sequence.max_len - len(sequence.tokens) - 2))
 
     def _slots_at_most(self, sequence: Sequence) -> int:
         # The last token of an output is never fed back, so it needs no slot.
@@ -234,8 +236,8 @@ class Scheduler:
         return -(-slots // self._block_size)
 
 
-def _most(sequence: Sequence, width: int) -> int:
-    return min(sequence.max_draft, width) if sequence.adaptive else sequence.max_draft
+def _most(sequence: Sequence, widths: Mapping[str, int]) -> int:
+    return min(sequence.max_draft, widths.get(sequence.drafter, 0)) if sequence.adaptive else sequence.max_draft
 
 
 def _rows_left(sequence: Sequence) -> int:

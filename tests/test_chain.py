@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skippy.engine import SamplingParams, chain
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.chain import NUM_CANDIDATES, Prospect, draft_chain
+from skippy.engine.chain import NUM_SAMPLED, Prospect, draft_chain
 from skippy.engine.model import CausalLM
 from skippy.engine.sampling import RowGroup, SamplingState, choose
 from skippy.engine.weights import load_model, open_checkpoint
@@ -82,20 +82,20 @@ class TestWithoutAHead:
     def test_every_row_is_chosen_as_the_verifier_chooses(
         self, model: CausalLM, folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(chain, "NUM_CANDIDATES", VOCABULARY)
+        monkeypatch.setattr(chain, "NUM_SAMPLED", VOCABULARY)
         hidden, one = hidden_rows(1, 32), prospect(MODES[mode])
         assert draft(model, without_head(folder), hidden, [one]) == [chosen(model, hidden[0], one)]
 
     @pytest.mark.parametrize("mode", ["greedy", "greedy penalised", "truncated"])
-    def test_a_few_candidates_are_enough_where_few_are_left(self, model: CausalLM, folder: Path, mode: str) -> None:
-        assert MODES[mode].greedy or 0 < MODES[mode].top_k <= NUM_CANDIDATES < VOCABULARY
+    def test_the_likeliest_are_enough_where_few_are_left(self, model: CausalLM, folder: Path, mode: str) -> None:
+        assert MODES[mode].greedy or 0 < MODES[mode].top_k <= NUM_SAMPLED < VOCABULARY
         hidden, one = hidden_rows(1, 32), prospect(MODES[mode])
         assert draft(model, without_head(folder), hidden, [one]) == [chosen(model, hidden[0], one)]
 
-    def test_of_many_tokens_the_likeliest_are_candidates(self, model: CausalLM, folder: Path) -> None:
+    def test_of_many_tokens_one_of_the_likeliest_is_sampled(self, model: CausalLM, folder: Path) -> None:
         hidden = hidden_rows(3, 32)
         prospects = [prospect(SamplingParams(temperature=5.0, seed=seed)) for seed in range(3)]
-        best = model.logits(hidden.flatten(0, 1)).topk(NUM_CANDIDATES).indices.view(3, 32, -1).tolist()
+        best = model.logits(hidden.flatten(0, 1)).topk(NUM_SAMPLED).indices.view(3, 32, -1).tolist()
         drafts = draft(model, without_head(folder), hidden, prospects)
         assert all(token in best[i][row] for i, tokens in enumerate(drafts) for row, token in enumerate(tokens))
         assert len({token for tokens in drafts for token in tokens}) > 40
@@ -112,10 +112,20 @@ class TestWithoutAHead:
 class TestHead:
     @pytest.mark.parametrize("recurrent", [False, True])
     @pytest.mark.parametrize("mode", ["greedy", "greedy penalised"])
-    def test_the_candidates_are_rescored_in_the_light_of_the_token_before(
-        self, model: CausalLM, folder: Path, mode: str, recurrent: bool
+    @pytest.mark.parametrize("candidates", [None, 20], ids=["every token", "candidates"])
+    def test_rows_are_scored_in_the_light_of_the_token_before(
+        self,
+        model: CausalLM,
+        folder: Path,
+        mode: str,
+        recurrent: bool,
+        candidates: int | None,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Row by row, with whole logits."""
+        if candidates:
+            monkeypatch.setattr(chain, "WHOLE_BELOW", 0)
+            monkeypatch.setattr(chain, "NUM_CANDIDATES", candidates)
         adapter, hidden, one = with_head(folder, recurrent=recurrent), hidden_rows(1, 12), prospect(MODES[mode])
         head = adapter.head
         assert head is not None
@@ -123,11 +133,10 @@ class TestHead:
         for row in range(12):
             prepared = head.prepare(hidden[:, row])
             state = head.step(prepared, model.model.embed_tokens(token), model.embedding_scale, state)
-            altered, raw = model.logits(hidden[:, row]), model.logits(hidden[:, row])
-            one.state.alter(altered, (), one.index + row)
-            scores = model.logits(head.correct(hidden[:, row], state)) + altered - raw
-            outsiders = altered.topk(VOCABULARY).indices[0, NUM_CANDIDATES:]
+            scores = model.logits(head.correct(hidden[:, row], state))
+            outsiders = model.logits(hidden[:, row]).topk(VOCABULARY).indices[0, candidates or VOCABULARY :]
             scores[0, outsiders] = float("-inf")
+            one.state.alter(scores, (), one.index + row)
             token = scores.argmax(-1)
             expected.append(int(token))
         assert draft(model, adapter, hidden, [one]) == [expected]

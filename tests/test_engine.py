@@ -309,12 +309,12 @@ def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 class TestDefaultDrafter:
     @pytest.mark.parametrize(
-        ("drafter", "expected", "width"), [("auto", "s3d", 5), ("s3d", "s3d", 5), ("ngram", "ngram", 4)]
+        ("drafter", "expected", "width"), [("auto", "hybrid", 10), ("s3d", "s3d", 5), ("ngram", "ngram", 4)]
     )
     def test_with_an_adapter(self, folder: Path, adapter: str, drafter: str, expected: str, width: int) -> None:
         engine = Engine(EngineConfig(model=str(folder), device="cpu", drafter=drafter, adapter=adapter))
         assert (engine.info.drafter, engine.info.num_speculative_tokens) == (expected, width)
-        assert {"none", "ngram", "s3d"} <= set(engine.info.drafters)
+        assert {"none", "ngram", "s3d", "hybrid"} <= set(engine.info.drafters)
         assert run(engine, max_tokens=2)[-1].drafter == expected
 
     def test_without_one(self, engine: Engine) -> None:

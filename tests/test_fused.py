@@ -352,8 +352,7 @@ class TestEngine:
         engine = make_engine(foreseen)
         _, steps = self.serve(engine, replace(GREEDY, max_tokens=240), num_speculative_tokens=None)
         assert {step.draft_tokens for step in steps} >= set(range(7))
-        assert engine._controller is not None
-        assert not engine._controller._classes[1]._unmeasured
+        assert not engine._controllers["s3d"]._classes[1]._unmeasured
 
     def test_the_controller_looks_at_every_width_again(self) -> None:
         """Though a step drafts no more than the one before had riders, and drafting never pays here."""

@@ -72,7 +72,8 @@ def engine_with(base: Path, tmp_path: Path) -> Callable[..., Engine]:
 
 
 def make_engine(base: Path, adapter: Path | None, **sizes: Any) -> Engine:
-    config: dict[str, Any] = {"dtype": "float32", "block_size": 16, **sizes}
+    drafter = "s3d" if adapter else "ngram"
+    config: dict[str, Any] = {"dtype": "float32", "block_size": 16, "drafter": drafter, **sizes}
     return Engine(EngineConfig(model=str(base), device="cpu", adapter=str(adapter) if adapter else None, **config))
 
 
@@ -415,7 +416,7 @@ class TestWhatItSees:
         self, engine_with: Callable[..., Engine], mode: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It foresees noise, penalties, bias and bans: the verifier agrees with itself."""
-        monkeypatch.setattr(chain, "NUM_CANDIDATES", 97)
+        monkeypatch.setattr(chain, "NUM_SAMPLED", 97)
         engine = engine_with(WHOLE)
         steps: list[StepStats] = []
         run_dry(engine, requests(MODES[mode], "s3d", (1, 4)), on_step=steps.append)

@@ -433,7 +433,11 @@ class TestRiders:
         (sequence,) = engine.add(make_request(prompt_of(4), 40), max_draft=4)
         sequence.adaptive = True
         engine.step()
-        assert [self.riders_of(engine.scheduler.schedule(width)) for width in (0, 2, 9)] == [[0], [2], [4]]
+        assert [self.riders_of(engine.scheduler.schedule({sequence.drafter: width})) for width in (0, 2, 9)] == [
+            [0],
+            [2],
+            [4],
+        ]
 
     def test_what_could_fit_alone_without_them_is_admitted(self) -> None:
         engine = engine_with(num_blocks=4, max_rows=64, rides=True)

@@ -16,6 +16,8 @@ from skippy.engine.sequence import Sequence
 
 MIN_MATCH = 6
 """Tokens that must have occurred before: with fewer, a trained drafter foresees better."""
+LOOKUP_WIDTH = 10
+"""Tokens that a lookup may draft: a text that repeats itself goes on doing so."""
 
 
 class HybridDrafter:

@@ -28,7 +28,6 @@ from skippy.engine import Engine, EngineConfig, SamplingParams
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.adapter_files import load_adapter
 from skippy.engine.bench import describe_machine
-from skippy.engine.chain import NUM_CANDIDATES
 from skippy.engine.model import CausalLM, full_plan, skipping_plan
 from skippy.engine.runner import Rows
 from skippy.engine.sampling import SamplingState, exponential, fold, noise_bits
@@ -39,6 +38,8 @@ from skippy.engine.training.trainer import corrected_rows, hold_out
 from skippy.engine.weights import load_model, open_checkpoint
 
 CONTEXT = 256
+RANKS = 32
+"""Of a row's tokens, those looked at."""
 Path_ = tuple[int, ...]
 
 
@@ -101,7 +102,7 @@ def token_ranks(model: CausalLM, adapter: S3DAdapter, sample: Sample) -> list[Pa
         scores = scores / params.temperature - noise.log().float()
     came = tokens[0][places + 1].flatten()
     rank = (scores > scores.gather(1, came[:, None])).sum(1).view(-1, width).tolist()
-    return [tuple(_until(row, lambda r: r >= NUM_CANDIDATES)) for row in rank]
+    return [tuple(_until(row, lambda r: r >= RANKS)) for row in rank]
 
 
 def best_tree(texts: Sequence[Sequence[Path_]], nodes: int) -> set[Path_]:
