@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -79,8 +80,10 @@ def save_adapter(folder: Path, adapter: S3DAdapter, checkpoint: Checkpoint, trai
         **asdict(adapter.config),
         "training": dict(training),
     }
-    save_file(tensors, folder / "adapter.safetensors.new")
     (folder / "adapter.json.new").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / "adapter.safetensors.new")
+    # safetensors gives its files to their owner alone; a server may well run as another user.
+    shutil.copymode(folder / "adapter.json.new", folder / "adapter.safetensors.new")
     for name in ("adapter.safetensors", "adapter.json"):
         (folder / f"{name}.new").replace(folder / name)
 

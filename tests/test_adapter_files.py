@@ -415,3 +415,10 @@ class TestCommands:
 def test_s3d_without_an_adapter_says_what_to_do(base: Path) -> None:
     with pytest.raises(ConfigError, match=r"s3d needs an adapter, and .* has none: train one with `skippy train`"):
         Engine(EngineConfig(model=str(base), device="cpu", drafter="s3d"))
+
+
+def test_whoever_may_read_the_description_may_read_the_adapter(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base")
+    folder = write_adapter(base, tmp_path / "adapter")
+    modes = {file.stat().st_mode for file in folder.iterdir()}
+    assert len(modes) == 1
