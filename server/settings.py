@@ -93,16 +93,17 @@ class Settings(BaseModel):
     )
     drafter: str = Field(
         default=_ENGINE_DEFAULTS.drafter,
-        description="what proposes tokens ahead: s3d, hybrid, ngram or none; a request may name another; auto takes "
-        "s3d where there is an adapter, else ngram",
+        description="what proposes tokens ahead: none, ngram, s3d or hybrid; a request may name another; auto takes "
+        "hybrid (prompt lookup where the text repeats at length, s3d elsewhere) where there is an adapter, else ngram",
     )
     adapter: str | None = Field(
         default=_ENGINE_DEFAULTS.adapter,
-        description="folder of an adapter for the drafter s3d; unset: the folder s3d in the model's, if there is one",
+        description="folder of an adapter for s3d and hybrid; unset: the folder s3d in the model's, if there is one",
     )
     num_speculative_tokens: int | None = Field(
         default=_ENGINE_DEFAULTS.num_speculative_tokens,
-        description="tokens drafted per step and sequence; unset: s3d drafts as many as pay, another drafter 4",
+        description="tokens drafted per step and sequence; unset: s3d and hybrid measure while serving how many pay, "
+        "none included, and ngram drafts 4",
     )
     num_threads: int | None = Field(
         default=_ENGINE_DEFAULTS.num_threads,
