@@ -111,8 +111,10 @@ class LowRank(nn.Module):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y + x A B, in place where no gradient is wanted. x [N, in], y [N, out]."""
-        low, b = x @ self.a.to(x.dtype), self.b.to(x.dtype)
-        return torch.addmm(y, low, b) if torch.is_grad_enabled() else y.addmm_(low, b)
+        a, b = self.a, self.b
+        if a.dtype != x.dtype:
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        return torch.addmm(y, x @ a, b) if torch.is_grad_enabled() else y.addmm_(x @ a, b)
 
 
 class Bridge(nn.Module):

@@ -92,15 +92,24 @@ class Engine:
             # Each learns from its own sequences.
             separate, within = (S3DDrafter(built.runner, built.adapter, self.states) for _ in range(2))
             known += [separate, HybridDrafter(within)]
-        self.drafters = {drafter.name: drafter for drafter in known}
+        self.drafters: dict[str, Drafter] = {}
+        self._observers: dict[str, Observer] = {}
+        for drafter in known:
+            self._know(drafter)
         self._default_drafter = self._choose_drafter()
         self._controllers = _controllers(built.adapter, self.drafters)
         self.info = self._describe()
 
     def add_drafter(self, drafter: Drafter) -> None:
         """Let requests name one more drafter."""
-        self.drafters[drafter.name] = drafter
+        self._know(drafter)
         self.info = self._describe()
+
+    def _know(self, drafter: Drafter) -> None:
+        self.drafters[drafter.name] = drafter
+        self._observers.pop(drafter.name, None)
+        if isinstance(drafter, Observer):
+            self._observers[drafter.name] = drafter
 
     def _choose_drafter(self) -> str:
         """The drafter of requests that name none."""
@@ -267,7 +276,8 @@ class Engine:
         adapter = None
         if self._fused and any(part.riders for part in rows):
             adapter = self._fused.bind(first_row=sum(len(part.tokens) for part in rows))
-        taps = {layer for d in self.drafters.values() if isinstance(d, Observer) for layer in d.taps}
+        drafters = {work.sequence.drafter for work in schedule.work}
+        taps = {layer for name, observer in self._observers.items() if name in drafters for layer in observer.taps}
         return self.runner.compute(rows, self._verify_plan, adapter, taps)
 
     def _default_width(self, drafter: str) -> int:
@@ -344,11 +354,11 @@ class Engine:
                 riders_of[sequence] = computed.riders[end - work.riders : end]
         if self._fused:
             self._fused.collect(riders_of)
-        for name, drafter in self.drafters.items():
-            if isinstance(drafter, Observer):
+        for name, observer in self._observers.items():
+            if newest[name]:
                 places = to_device([row_of[sequence] for sequence in newest[name]], computed.hidden.device)
                 tapped = {layer: x[places] for layer, x in computed.tapped.items()}
-                drafter.observe(newest[name], computed.hidden[places], tapped)
+                observer.observe(newest[name], computed.hidden[places], tapped)
 
     def _output(
         self, sequence: Sequence, emitted: list[int], logits: Tensor | None, finish: FinishReason | None
