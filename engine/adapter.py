@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
-from skippy.engine.model import ModelConfig
+from skippy.engine.linear import RowLinear
+from skippy.engine.model import CausalLM, ModelConfig
 
 PARTS = ("qkv", "o", "gate_up", "down")
 MAX_RANK = 2**16
@@ -187,6 +188,7 @@ class S3DAdapter(nn.Module):
         )
         # Found twice per product and layer: the path through the modules' names would take as long as the product.
         self._lora = {(i, part): self._low_rank(i, part) for i in self.kept for part in PARTS if config.lora_rank}
+        self.folded: dict[tuple[int, str], RowLinear] = {}
         self.bridge = Bridge(base.hidden_size, config.bridge_rank) if config.bridge_rank else None
         self.head = (
             SequentialHead(base.hidden_size, config.head_size, recurrent=config.recurrent) if config.head_size else None
@@ -195,6 +197,18 @@ class S3DAdapter(nn.Module):
         ids = torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None
         self.draft_ids: Tensor | None  # [D] int64, the most frequent first
         self.register_buffer("draft_ids", ids)
+
+    def fold(self, model: CausalLM) -> None:
+        """Give the kept layers of a draft pass matrices of their own, LoRA included.
+
+        For a CPU, where memory is cheap and operations are dear: a draft pass takes a fifth
+        less time. The model must not be packed yet.
+        """
+        for (layer, part), low_rank in self._lora.items():
+            weight, bias = model.product_parameters(layer, part)
+            changed = weight.float() + (low_rank.a @ low_rank.b).t().float()
+            # Rounded to float16, which the fastest kernel takes; a draft need not be exact.
+            self.folded[layer, part] = RowLinear(changed.half().to(weight.dtype), bias)
 
     def _low_rank(self, layer: int, part: str) -> LowRank:
         module = self.lora[f"{layer}_{part}"]
@@ -250,6 +264,10 @@ class BoundAdapter:
             return x + delta
         x[self._first_row : self._first_row + len(delta)] += delta  # what follows is padding
         return x
+
+    def instead(self, layer: int, part: str) -> RowLinear | None:
+        """The product with LoRA folded in, if there is one and all rows are the drafter's."""
+        return self._adapter.folded.get((layer, part)) if self._first_row == 0 else None
 
     def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
         """y plus the change of the product that made it of x. x [N, in], y [N, out]."""

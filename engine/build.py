@@ -52,6 +52,8 @@ def build(config: EngineConfig) -> Build:
         )
     model = load_model(checkpoint, dtype, device, wanted_len)
     adapter = find_adapter(checkpoint, config.adapter, dtype, device)
+    if adapter is not None and device.type == "cpu" and not adapter.config.fused:
+        adapter.fold(model)
     reads_head_rows = adapter is not None and adapter.head is not None and not shape.tie_word_embeddings
     draft_ids = adapter.draft_ids if adapter else None
     tiling = model.pack(checkpoint.vocab_size, draft_ids=draft_ids, keep_head_rows=reads_head_rows)

@@ -54,7 +54,7 @@ def draft_chain(
         hidden: [B, G, hidden_size], the last hidden states of the draft rows, not normalised.
         newest: [B] int64, the token of each sequence's first row.
     """
-    choose = _Choice(prospects)
+    choose = _Choice(prospects, hidden.shape[1], hidden.device)
     score = _scorer(model, adapter, hidden)
     uncorrected = hidden.unbind(1)
     if adapter.head is None:
@@ -111,14 +111,22 @@ class _Candidates:
 
 
 class _Choice:
-    """Chooses as `sampling.choose` will."""
+    """Chooses as `sampling.choose` will, for drafts of `width` rows."""
 
-    def __init__(self, prospects: Sequence[Prospect]) -> None:
+    def __init__(self, prospects: Sequence[Prospect], width: int, device: torch.device) -> None:
         self._prospects = prospects
         self._params = [p.state.params for p in prospects]
         self._alters = any(p.state.alters for p in prospects)
         self._greedy = all(p.greedy for p in self._params)
+        if self._greedy:
+            return
         self._truncates = any(p.top_k or p.top_p < 1.0 or p.min_p for p in self._params)
+        temperatures = [1.0 if p.greedy else p.temperature for p in self._params]
+        self._temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)[:, None]
+        keys = [fold(p.state.key(p.index + row)) for row in range(width) for p in prospects]
+        self._keys = to_device(keys, device).int().view(width, -1, 1)
+        greedy = [p.greedy for p in self._params]
+        self._noiseless = torch.tensor(greedy, device=device)[:, None] if any(greedy) else None
 
     def __call__(self, row: int, scored: Scored) -> Tensor:
         """The token of row `row` of every draft, [B]."""
@@ -143,12 +151,8 @@ class _Choice:
 
     def _noisy(self, row: int, logits: Tensor, ids: Tensor) -> Tensor:
         """logits [B, K] of tokens `ids`, by temperature and with the noise of the token to be chosen."""
-        device = logits.device
-        temperature = [1.0 if p.greedy else p.temperature for p in self._params]
-        scores = logits / torch.tensor(temperature, dtype=torch.float32, device=device)[:, None]
+        scores = logits / self._temperature
         if self._truncates and (keep := survivors(scores.softmax(-1), self._params)) is not None:
             scores = scores.masked_fill(~keep, float("-inf"))
-        keys = to_device([fold(p.state.key(p.index + row)) for p in self._prospects], device).int()
-        log_noise = exponential(noise_bits(keys[:, None], ids.int())).log().float()
-        greedy = torch.tensor([p.greedy for p in self._params], device=device)
-        return scores - log_noise.masked_fill_(greedy[:, None], 0.0)
+        log_noise = exponential(noise_bits(self._keys[row], ids.int())).log().float()
+        return scores - (log_noise if self._noiseless is None else log_noise.masked_fill_(self._noiseless, 0.0))

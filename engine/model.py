@@ -72,6 +72,10 @@ class Adapter(Protocol):
         """x [N, hidden_size] on its way into a layer; `num_hidden_layers` stands for the end."""
         ...
 
+    def instead(self, layer: int, part: str) -> Callable[[Tensor], Tensor] | None:
+        """What takes the place of a product, [N, in_features] to [N, out_features], or None."""
+        ...
+
     def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
         """x [N, in_features] and its product y [N, out_features] to the product wanted.
 
@@ -129,11 +133,15 @@ class _Fused:
         outputs = [linear(x) for linear in self._linears]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
+    def parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The weight [sum of out_features, in_features] and the bias, until they are packed."""
+        biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
+        return torch.cat([linear.weight.detach() for linear in self._linears]), torch.cat(biases) if biases else None
+
     def pack(self) -> RowLinear:
         """Fuse, and give the memory of the separate matrices back."""
-        weight = torch.cat([linear.weight.detach() for linear in self._linears])
-        biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
-        self.packed = RowLinear(weight, torch.cat(biases) if biases else None)
+        weight, bias = self.parameters()
+        self.packed = RowLinear(weight, bias)
         for linear in self._linears:
             linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         return self.packed
@@ -167,8 +175,10 @@ class _Pass:
     adapter: Adapter | None
 
     def product(self, layer: int, part: str, linear: _Fused, x: Tensor) -> Tensor:
-        y = linear(x)
-        return y if self.adapter is None else self.adapter.add(layer, part, x, y)
+        if self.adapter is None:
+            return linear(x)
+        own = self.adapter.instead(layer, part)
+        return self.adapter.add(layer, part, x, linear(x)) if own is None else own(x)
 
 
 class SelfAttention(nn.Module):
@@ -320,6 +330,14 @@ class CausalLM(nn.Module):
         if x.device.type == "cuda":
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
         return F.linear(x.float(), weight.float())
+
+    def product_parameters(self, layer: int, part: str) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of a fused product, until they are packed; part as in `Adapter.add`."""
+        decoder = self.model.layers[layer]
+        assert isinstance(decoder, DecoderLayer)
+        attention, mlp = decoder.self_attn, decoder.mlp
+        products = {"qkv": attention.qkv, "o": attention.out, "gate_up": mlp.gate_up, "down": mlp.down}
+        return products[part].parameters()
 
     @cached_property
     def embedding_scale(self) -> float:

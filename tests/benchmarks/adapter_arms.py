@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,9 @@ def run_arm(engine: Engine, arm: Arm, seed: int, samples: list[Sample], options:
         seed=seed,
         batch_size=options.batch_size,
         length=len(samples[0].tokens),
-        tv_share=TrainOptions.tv_share if arm.total_variation else 0.0,
     )
+    if not arm.total_variation:
+        training = replace(training, tv_share=0.0)
     shape = arm_shape(arm, training.adapter_config(checkpoint.config, _bytes(weight_files(checkpoint.path))))
     adapter = S3DAdapter(shape, checkpoint.config)
     trainer = Trainer(load_base(checkpoint, config, training.length), adapter, samples, training)
