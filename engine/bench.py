@@ -25,6 +25,7 @@ import torch
 
 from skippy.engine.adapter_files import BESIDE_MODEL
 from skippy.engine.config import EngineConfig
+from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter
@@ -39,7 +40,7 @@ from skippy.engine.weights import weight_files
 LOOPING_BELOW = 0.8
 """An output whose share of distinct 4-grams is below this one repeats itself."""
 WARM_UP_TOKENS = 16
-DEFAULT_DRAFTERS = (NoDrafter.name, NgramDrafter.name, S3DDrafter.name)
+DEFAULT_DRAFTERS = (NoDrafter.name, NgramDrafter.name, S3DDrafter.name, HybridDrafter.name)
 """Of these, those that the engine has."""
 
 Row = dict[str, Any]
@@ -202,10 +203,7 @@ def _check_plans(plans: SequenceOf[DraftPlan], engine: Engine) -> None:
             raise ConfigError(f"There is no drafter {plan.drafter!r}; there are: {', '.join(engine.drafters)}.")
         if plans.count(plan) > 1:
             raise ConfigError(f"--drafters: {plan} is there twice.")
-        drafter = engine.drafters[plan.drafter]
-        most = engine.info.max_speculative_tokens
-        if isinstance(drafter, S3DDrafter):
-            most = drafter.adapter.config.num_speculative_tokens
+        most = engine.widest(plan.drafter)
         if (plan.num_speculative_tokens or 0) > most:
             raise ConfigError(f"--drafters: {plan} asks for more than the {most} tokens that can be drafted at once.")
 
@@ -353,14 +351,14 @@ def _row(plan: DraftPlan, batch_size: int, runs: SequenceOf[Run], base: Sequence
 
 
 def hold_against_ngram(rows: SequenceOf[Row]) -> None:
-    """Add to rows of one batch size, for s3d, its tokens per step to ngram's, of outputs that do not loop.
+    """Add to rows of one batch size, for s3d and hybrid, their tokens per step to ngram's, of outputs that do not loop.
 
     Of several plans for ngram the best one counts. None for other drafters, and where there is nothing to compare.
     """
     name = "tokens_per_step_not_looping"
     best = max((row[name] or 0.0 for row in rows if row["drafter"] == NgramDrafter.name), default=0.0)
     for row in rows:
-        comparable = row["drafter"] == S3DDrafter.name and row[name] and best
+        comparable = row["drafter"] in (S3DDrafter.name, HybridDrafter.name) and row[name] and best
         row["not_looping_against_ngram"] = row[name] / best if comparable else None
 
 

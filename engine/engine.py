@@ -105,6 +105,11 @@ class Engine:
         self._know(drafter)
         self.info = self._describe()
 
+    def widest(self, drafter: str) -> int:
+        """The most tokens that a drafter drafts in one step."""
+        controller = self._controllers.get(drafter)
+        return controller.most if controller else MAX_SPECULATIVE_TOKENS
+
     def _know(self, drafter: Drafter) -> None:
         self.drafters[drafter.name] = drafter
         self._observers.pop(drafter.name, None)
@@ -119,7 +124,7 @@ class Engine:
         if wanted in _OF_ADAPTER and wanted not in self.drafters:
             raise ConfigError(
                 f"The drafter {wanted} needs an adapter, and {self._checkpoint.path} has none: train one with "
-                "`skippy train`, or name its folder with adapter."
+                "`skippy train`, or name its folder with --adapter."
             )
         if wanted not in self.drafters:
             raise ConfigError(f"There is no drafter {wanted!r}; there are: auto, {', '.join(self.drafters)}.")
@@ -146,8 +151,7 @@ class Engine:
         if wanted is None:
             wanted = self._config.num_speculative_tokens
         max_draft = 0 if drafter == NoDrafter.name else self._default_width(drafter) if wanted is None else wanted
-        if drafter in self._controllers:
-            max_draft = min(max_draft, self._controllers[drafter].most)
+        max_draft = min(max_draft, self.widest(drafter))
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(

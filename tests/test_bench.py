@@ -238,7 +238,8 @@ def test_without_plans_every_drafter_that_there_is_takes_part(
     model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = BenchOptions(str(prompts), batch_sizes=(1,), max_tokens=4, limit=1, repeat=1)
-    assert [r["plan"] for r in json.loads(lines_of(model, options, capsys)[-1])["rows"]] == ["none", "ngram", "s3d"]
+    rows = json.loads(lines_of(model, options, capsys)[-1])["rows"]
+    assert [row["plan"] for row in rows] == ["none", "ngram", "s3d", "hybrid"]
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).symlink_to(model / name)
     record = json.loads(lines_of(tmp_path, options, capsys)[-1])

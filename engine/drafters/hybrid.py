@@ -21,7 +21,10 @@ LOOKUP_WIDTH = 10
 
 
 class HybridDrafter:
-    """Looks up first, and lets the model draft for the sequences in which nothing is found."""
+    """Looks up first, and lets the model draft for the sequences in which nothing is found.
+
+    After drafts in vain, of either kind, only a longer repetition counts: the text has turned.
+    """
 
     name = "hybrid"
 

@@ -113,7 +113,7 @@ class TrainOptions:
 
 
 def default_band(layers: int) -> tuple[int, int]:
-    """The layers to skip, [start, end): the second half but for the last fifth, where it is measured to pay most."""
+    """The layers to skip, [start, end): half of them, behind the first 30 %, where it was measured to pay most."""
     end = layers - max(1, round(layers * 0.2))
     return min(round(layers * 0.3), end - 1) if end > 1 else 0, end
 
