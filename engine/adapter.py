@@ -112,7 +112,8 @@ class LowRank(nn.Module):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y + x A B, in place where no gradient is wanted. x [N, in], y [N, out]."""
-        a, b = self.a, self.b
+        a: Tensor = self.a
+        b: Tensor = self.b
         if a.dtype != x.dtype:
             a, b = a.to(x.dtype), b.to(x.dtype)
         return torch.addmm(y, x @ a, b) if torch.is_grad_enabled() else y.addmm_(x @ a, b)

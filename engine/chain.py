@@ -144,7 +144,7 @@ class _Choice:
         if ids is not None:
             whole = logits.new_full((len(logits), self._prospects[0].state.vocab_size), float("-inf"))
             logits = whole.scatter_(1, ids, logits)
-        for p, line in zip(self._prospects, logits.split(1), strict=True):
+        for p, line in zip(self._prospects, torch.split(logits, 1), strict=True):
             if p.state.alters:
                 p.state.alter(line, (), p.index + row)
         return Scored(logits, None)
