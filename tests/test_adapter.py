@@ -22,7 +22,7 @@ from skippy.engine.adapter import (
     part_shapes,
 )
 from skippy.engine.model import CausalLM, ModelConfig
-from skippy.engine.weights import parse_config
+from skippy.engine.weights import load_model, open_checkpoint, parse_config
 
 BASE = parse_config(TINY_CONFIG)
 HIDDEN = BASE.hidden_size
@@ -243,3 +243,20 @@ class TestBound:
         bound, embedding = adapter.bind(noise(2, 2, HIDDEN).to(dtype)), nn.Embedding(97, HIDDEN, dtype=dtype)
         x = bound.embed(torch.tensor([5, 97]), embedding)
         assert x.dtype == bound.enter(2, x).dtype == bound.add(0, "o", x, x.clone()).dtype == dtype
+
+
+def test_folding_changes_a_draft_by_no_more_than_rounding(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path)
+    checkpoint = open_checkpoint(str(base))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"), 8)
+    adapter = random_adapter(base, scale=0.2).requires_grad_(False)
+    adapter.fold(model)
+    assert adapter.folded
+    for (layer, part), product in adapter.folded.items():
+        weight, bias = model.product_parameters(layer, part)
+        x = noise(4, weight.shape[1])
+        plain = torch.nn.functional.linear(x, weight, bias)
+        changed = adapter.bind(None).add(layer, part, x, plain.clone())
+        torch.testing.assert_close(product(x), changed, atol=2e-2, rtol=2e-2)
+        assert not torch.allclose(changed, plain, atol=2e-2)
+        assert adapter.bind(None, first_row=2).instead(layer, part) is None, "riders share a pass with verified rows"

@@ -381,7 +381,7 @@ class TestAnotherBaseOfTheSameShape:
         plain = run_dry(engine, [replace(request, drafter="none") for request in requests])
         assert tokens_of(drafted) == tokens_of(plain)
         assert all(parts[-1].counts.drafted > 20 for parts in drafted.values())
-        assert engine.info.drafter == "s3d"
+        assert engine.info.drafter == "hybrid"
 
     def test_its_own_base_brings_no_warning(
         self, folder: Path, checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture

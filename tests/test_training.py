@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,9 @@ class TestRows:
 
         monkeypatch.setattr(s3d, "draft_chain", record)
         engine = Engine(replace(config, adapter=str(tmp_path), drafter="s3d"))
+        drafter = engine.drafters["s3d"]
+        assert isinstance(drafter, s3d.S3DDrafter | s3d.S3DFusedDrafter)
+        drafter.adapter.folded.clear()  # rounded to float16
         params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
         prompt = (1, 7, 30, 11)
         outputs = run_dry(engine, [Request("x", prompt, params, num_speculative_tokens=3)])
@@ -446,6 +450,14 @@ def finished(config: EngineConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     return output
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, though the tests may have been started where it does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class TestRun:
     def test_what_a_finished_folder_holds(self, config: EngineConfig, finished: Path) -> None:
         assert set(os.listdir(finished)) == FILES
@@ -475,7 +487,7 @@ class TestRun:
 
     def test_the_engine_drafts_with_it(self, config: EngineConfig, finished: Path) -> None:
         engine = Engine(replace(config, adapter=str(finished)))
-        assert engine.info.drafter == "s3d"
+        assert engine.info.drafter == "hybrid"
         outputs = run_dry(engine, [Request("x", (1, 2), SamplingParams(max_tokens=8, ignore_eos=True))])
         assert outputs["x", 0][-1].counts.drafted > 0
 
@@ -514,6 +526,7 @@ class TestRun:
         assert result_of(tmp_path) == result_of(finished)
         assert not (tmp_path / "checkpoint.safetensors").exists()
 
+    @pytest.mark.usefixtures("interruptible")
     def test_an_interrupt_waits_for_the_step_and_is_gone_on_from(
         self,
         config: EngineConfig,
@@ -536,6 +549,7 @@ class TestRun:
         assert "from step 7 to 12" in capsys.readouterr().err
         assert result_of(tmp_path) == result_of(finished)
 
+    @pytest.mark.usefixtures("interruptible")
     def test_an_interrupt_while_the_text_is_written_leaves_nothing(
         self, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
