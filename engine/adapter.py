@@ -249,7 +249,7 @@ class BoundAdapter:
     def embed(self, token_ids: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
         """token_ids [N], some of them of masks, to [N, hidden_size]."""
         masks, size = self._adapter.masks, self._adapter.vocab_size
-        x = embedding(token_ids.clamp(max=size - 1))
+        x = embedding(token_ids.masked_fill(token_ids >= size, 0))
         if len(masks) == 0:
             return x
         of_mask = masks[(token_ids - size).clamp(min=0)].to(x.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
@@ -26,6 +27,7 @@ from skippy.engine.model import ModelConfig
 from skippy.engine.weights import Checkpoint, weight_files
 
 FORMAT_VERSION = 1
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BESIDE_MODEL = "s3d"
 """The folder, in a model's folder, where its adapter is looked for."""
 BASE_SIZES = (
@@ -97,9 +99,9 @@ def find_adapter(
         AdapterError: there is one, but it is damaged or of another shape, or the folder given holds none.
     """
     if given is not None:
-        return load_adapter(Path(given).expanduser(), checkpoint, dtype, device)
+        return load_adapter(Path(os.path.expanduser(given)), checkpoint, dtype, device)
     beside = checkpoint.path / BESIDE_MODEL
-    return load_adapter(beside, checkpoint, dtype, device) if beside.is_dir() else None
+    return load_adapter(beside, checkpoint, dtype, device) if (beside / "adapter.json").exists() else None
 
 
 def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> S3DAdapter:
@@ -118,6 +120,11 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, devic
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
         raise AdapterError(f"{folder / 'adapter.json'} is not a usable description: {reason}.") from error
+    if config.draft_vocab_size >= checkpoint.vocab_size:
+        raise AdapterError(
+            f"{folder / 'adapter.json'}: draft_vocab_size is {config.draft_vocab_size}, and the model has "
+            f"{checkpoint.vocab_size} tokens."
+        )
     with torch.device("meta"):
         adapter = S3DAdapter(config, checkpoint.config)
     wanted = adapter.state_dict()
@@ -128,7 +135,8 @@ def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, devic
     for name in wanted.keys() | tensors.keys():
         if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape:
             raise AdapterError(f"{file}: the tensor {name!r} is missing, left over or of another shape.")
-        if wanted[name].is_floating_point() != tensors[name].is_floating_point():
+        known = FLOAT_DTYPES if wanted[name].is_floating_point() else (torch.int32, torch.int64)
+        if tensors[name].dtype not in known:
             raise AdapterError(f"{file}: the tensor {name!r} is of the type {tensors[name].dtype}.")
         if not tensors[name].isfinite().all():
             raise AdapterError(f"{file}: the tensor {name!r} holds values that are not finite.")

@@ -198,7 +198,7 @@ class _SDPAPass:
         return out.reshape(rows, -1)
 
 
-@lru_cache(32)
+@lru_cache(4)
 def _ancestor_mask(
     num_ridden: int, width: int, beyond: int, group: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 import statistics
@@ -419,7 +420,7 @@ def _read_prompts(engine: Engine, options: BenchOptions) -> list[tuple[int, ...]
 def _hashes(config: EngineConfig, engine: Engine) -> dict[str, str | None]:
     """SHA-256 of the weights of the model, and of its adapter if it has one."""
     folder = Path(engine.info.model_path)
-    beside = folder / BESIDE_MODEL if config.adapter is None else Path(config.adapter).expanduser()
+    beside = folder / BESIDE_MODEL if config.adapter is None else Path(os.path.expanduser(config.adapter))
     adapter = [beside / "adapter.safetensors"] if S3DDrafter.name in engine.drafters else []
     return {
         "model_sha256": sha256_of(weight_files(folder)),

@@ -51,7 +51,9 @@ def build(config: EngineConfig) -> Build:
             f"max_model_len {wanted_len} exceeds the {shape.max_position_embeddings} positions of the model."
         )
     model = load_model(checkpoint, dtype, device, wanted_len)
-    adapter = find_adapter(checkpoint, config.adapter, dtype, device)
+    adapter = None
+    if config.adapter is not None or config.drafter != "none":
+        adapter = find_adapter(checkpoint, config.adapter, dtype, device)
     if adapter is not None and device.type == "cpu" and not adapter.config.fused:
         adapter.fold(model)
     reads_head_rows = adapter is not None and adapter.head is not None and not shape.tie_word_embeddings

@@ -23,6 +23,8 @@ A look takes two steps: a fused drafter drafts as widely as the step before let 
 """
 MARGIN = 1.02
 """Another width must promise this much more to be preferred to the last one."""
+PATIENCE = 8
+"""Steps that a width to be measured is asked for in vain: rows or blocks may not allow it, or prompts never end."""
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 
 
@@ -81,19 +83,27 @@ class _BatchClass:
         self._age = dict.fromkeys(widths, 0)
         self._steps = 0
         self._probe = widths[-1]
-        self._last = widths[-1]
+        # Until something is known: a draft that is rarely much too long.
+        self._last = min(2, widths[-1])
+        self._in_vain = 0
 
     def choose(self, promise: _Promise) -> int:
         self._steps += 1
+        if self._unmeasured and self._in_vain >= PATIENCE:
+            self._unmeasured.pop()
+            self._in_vain = 0
         if self._unmeasured:
+            self._in_vain += 1
             return self._unmeasured[-1]
+        if not self._seconds:
+            return self._last
         if self._steps % PROBE_EVERY == 0:
             self._probe = min(self._age, key=lambda width: self._age[width])
         if self._steps % PROBE_EVERY < 2:
             return self._probe
         rates = {width: promise(width) / seconds for width, seconds in self._seconds.items()}
         best = max(rates, key=lambda width: rates[width])
-        if rates[best] > MARGIN * rates[self._last]:
+        if self._last not in rates or rates[best] > MARGIN * rates[self._last]:
             self._last = best
         return self._last
 
@@ -104,6 +114,7 @@ class _BatchClass:
         old = self._seconds.get(width, seconds)
         if width in self._unmeasured:
             self._unmeasured.remove(width)
+            self._in_vain = 0
             self._seconds[width] = min(old, seconds)
             return
         self._seconds[width] = old + TIME_SHARE * (min(seconds, HICCUP * old) - old)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -213,7 +213,7 @@ class Engine:
                 self._show_drafters(schedule, drafts, computed)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
-        self._inform_controller(schedule, widths, stats)
+        self._inform_controllers(schedule, stats)
         now = self.load()
         stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
         stats.preemptions = schedule.preempted
@@ -228,21 +228,19 @@ class Engine:
             for name, controller in self._controllers.items()
         }
 
-    def _inform_controller(self, schedule: Schedule, widths: Mapping[str, int], stats: StepStats) -> None:
-        """Show what a step took if all its sequences were of one drafter and drafted for at full width."""
-        work = schedule.work
-        controller = self._controllers.get(work[0].sequence.drafter) if work else None
-        if controller is None or stats.prefill_seconds or not stats.verify_seconds:
+    def _inform_controllers(self, schedule: Schedule, stats: StepStats) -> None:
+        """Show the controllers what a step without prompts took, by the width that its sequences were granted."""
+        if stats.prefill_seconds or not stats.verify_seconds:
             return
-        drafter = work[0].sequence.drafter
-        width = widths[drafter]
-        if any(w.sequence.drafter != drafter or not w.sequence.adaptive or w.lookahead != width for w in work):
-            return
-        if self._fused and stats.draft_tokens < width * len(work):
-            return  # the step before let fewer masks ride
-        nothing = [0] * (len(work) - len(stats.accepted_per_step))
-        seconds = stats.draft_seconds + stats.verify_seconds
-        controller.observe(len(work), width, seconds, stats.accepted_per_step + nothing)
+        for name, controller in self._controllers.items():
+            work = [w for w in schedule.work if w.sequence.drafter == name and w.sequence.adaptive]
+            if not work or any(w.num_known > 1 for w in work):
+                continue
+            width = round(sum(w.lookahead for w in work) / len(work))
+            if self._fused and stats.draft_tokens < width * len(work):
+                continue  # the step before let fewer masks ride
+            drafted = [w.sequence.last_accepted for w in work]
+            controller.observe(len(work), width, stats.draft_seconds + stats.verify_seconds, drafted)
 
     def check(self) -> None:
         """Raise AssertionError unless the blocks' books balance; when idle, none may be held."""

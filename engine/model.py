@@ -342,7 +342,8 @@ class CausalLM(nn.Module):
     @cached_property
     def embedding_scale(self) -> float:
         """1 / rms of all embeddings: what brings an embedding to about unit size."""
-        return 1.0 / float(self.model.embed_tokens.weight.float().square().mean().sqrt())
+        weight = self.model.embed_tokens.weight
+        return float(weight.numel() ** 0.5 / torch.linalg.vector_norm(weight, dtype=torch.float32))
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """The rows of the head that belong to some tokens. token_ids [...] to [..., hidden_size]."""

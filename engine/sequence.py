@@ -40,6 +40,8 @@ class Sequence:
     counts: DraftCounts = field(default_factory=DraftCounts)
     misses: int = 0
     """How many drafts in a row had nothing accepted."""
+    last_accepted: int = 0
+    """How many tokens of its last draft were accepted; 0 without a draft."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     leader: Sequence | None = None

@@ -43,6 +43,7 @@ def count_verdict(stats: StepStats, sequence: Sequence, draft: SequenceOf[int], 
     sequence.counts.steps += 1
     stats.decode_sequences += 1
     stats.generation_tokens += len(verdict.emitted)
+    sequence.last_accepted = verdict.accepted
     if not draft:
         return
     sequence.counts.drafted += len(draft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -48,7 +49,7 @@ def resolve(model: str) -> Path:
     Raises:
         CheckpointError: there is no such folder.
     """
-    path = Path(str(files("skippy.engine") / "builtin")) if model == BUILTIN_MODEL else Path(model).expanduser()
+    path = Path(str(files("skippy.engine") / "builtin")) if model == BUILTIN_MODEL else Path(os.path.expanduser(model))
     if not path.is_dir():
         raise CheckpointError(
             f"There is no model folder {str(path)!r} (and {BUILTIN_MODEL!r} names the built-in model)."

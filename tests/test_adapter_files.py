@@ -213,11 +213,18 @@ class TestWhereItIsLookedFor:
         monkeypatch.setenv("HOME", str(folder.parent))
         assert find_adapter(checkpoint, "~/adapter", torch.float32, CPU) is not None
 
-    def test_an_empty_folder_beside_the_model_is_an_error(self, base: Path, tmp_path: Path) -> None:
+    def test_a_folder_beside_the_model_without_an_adapter_is_none(self, base: Path, tmp_path: Path) -> None:
+        model = shutil.copytree(base, tmp_path / "model")
+        (model / "s3d").mkdir()  # a training may be under way there
+        assert Engine(EngineConfig(model=str(model), device="cpu")).info.drafter == "ngram"
+
+    def test_whoever_wants_no_drafts_needs_no_sound_adapter(self, base: Path, tmp_path: Path) -> None:
         model = shutil.copytree(base, tmp_path / "model")
         (model / "s3d").mkdir()
-        with pytest.raises(AdapterError, match="holds no adapter"):
-            find_adapter(open_checkpoint(str(model)), None, torch.float32, CPU)
+        (model / "s3d" / "adapter.json").write_text("{")
+        with pytest.raises(AdapterError, match="not valid JSON"):
+            Engine(EngineConfig(model=str(model), device="cpu"))
+        assert "s3d" not in Engine(EngineConfig(model=str(model), device="cpu", drafter="none")).info.drafters
 
 
 class TestRefused:

@@ -100,3 +100,20 @@ def test_the_same_times_give_the_same_widths(seed: int) -> None:
         return drive(Controller(MOST), 4, lambda width: 1.0 + 0.2 * width, 0.6, 200, seed)
 
     assert once() == once()
+
+
+def test_widths_that_are_never_granted_are_given_up() -> None:
+    """Rows may be short: then a step is narrower than it was asked to be."""
+    controller = Controller(MOST)
+    widths = []
+    for _ in range(400):
+        width = min(2, controller.width(16))
+        controller.observe(16, width, 1.0 + 0.1 * width, [width] * 16)
+        widths.append(controller.width(16))
+    assert usual(widths[200:]) == 2
+
+
+def test_without_any_measurement_drafts_are_short() -> None:
+    controller = Controller(10)
+    widths = [controller.width(4) for _ in range(400)]
+    assert widths[-1] == 2

@@ -79,7 +79,7 @@ class S3DDrafter(_S3D):
     @torch.inference_mode()
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         most = self.adapter.config.num_speculative_tokens
-        # A step that failed half-way showed nothing of the sequences that it served.
+        # What a step that failed half-way did not show is missing or a step old: a worse draft, no more.
         widths = [min(n, most) if s in self._place else 0 for s, n in zip(sequences, limits, strict=True)]
         return self._draft(sequences, widths) if any(widths) else [[] for _ in sequences]
 
@@ -113,6 +113,6 @@ class S3DFusedDrafter(_S3D):
 
     @torch.inference_mode()
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
-        # A step that failed half-way showed nothing of the sequences that it served.
+        # What a step that failed half-way did not show is missing or a step old: a worse draft, no more.
         riders = [self._riders.get(s, self._nobody)[:limit] for s, limit in zip(sequences, limits, strict=True)]
         return self._chains(sequences, riders) if any(map(len, riders)) else [[] for _ in sequences]

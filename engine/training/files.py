@@ -92,16 +92,23 @@ def check_recipe(path: Path, found: object, wanted: Recipe) -> None:
 
 
 def read_progress(folder: Path, last_step: int) -> set[int]:
-    """The steps that have a line; lines of later steps, whose training was lost, are removed."""
+    """The steps that have a line; lines of later steps, whose training was lost, are removed.
+
+    Raises:
+        TrainingError: the file is damaged or cannot be replaced.
+    """
     file = folder / PROGRESS
     if not file.exists():
         return set()
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    kept = [line for line in lines if json.loads(line)["step"] <= last_step]
-    rewritten = file.with_suffix(".new")
-    rewritten.write_text("".join(kept), encoding="utf-8")
-    rewritten.replace(file)
-    return {json.loads(line)["step"] for line in kept}
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+        rewritten = file.with_suffix(".new")
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        rewritten.replace(file)
+        return {json.loads(line)["step"] for line in kept}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TrainingError(f"{file} cannot be gone on with: {error!r}. Remove it to start a new one.") from error
 
 
 def append_progress(folder: Path, line: Mapping[str, Any]) -> None:

@@ -56,9 +56,9 @@ class TrainOptions:
     draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "sequences", "batch_size", "anchors"):
-            if not 1 <= getattr(self, name) < 2**31:
-                raise ConfigError(f"{name} must be at least 1 and below 2147483648, got {getattr(self, name)}.")
+        for name, least in (("steps", 1), ("sequences", 1), ("length", 16), ("batch_size", 1), ("anchors", 1)):
+            if not least <= getattr(self, name) < 2**24:
+                raise ConfigError(f"{name} must be at least {least} and below 16777216, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be at least 0 and below 2**63, got {self.seed}.")
         if not 0.0 < self.learning_rate < math.inf:

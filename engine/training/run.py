@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -93,7 +95,7 @@ def run_training(config: EngineConfig, options: TrainOptions, output: str) -> in
         KeyboardInterrupt: the user stopped it; the same call goes on from there.
     """
     display = Display()
-    job = _prepare(config, options, Path(output).expanduser())
+    job = _prepare(config, options, Path(os.path.expanduser(output)))
     if _is_finished(job):
         display.keep(f"{job.folder} holds the finished adapter: there is nothing to do")
         return 0
@@ -146,13 +148,17 @@ def _prepare(config: EngineConfig, options: TrainOptions, folder: Path) -> _Job:
     shape = options.adapter_config(
         checkpoint.config, sum(file.stat().st_size for file in weight_files(checkpoint.path))
     )
+    if shape.draft_vocab_size >= checkpoint.vocab_size:
+        raise ConfigError(
+            f"draft_vocab_size {shape.draft_vocab_size} must be below the {checkpoint.vocab_size} tokens of the model."
+        )
     hold_out([Sample([], 0, temperature_of(place), 0) for place in range(options.sequences)], options.batch_size)
     prompts = [] if options.data is None else read_prompts(options.data)
     excluded = [] if options.exclude is None else _read_excluded(options.exclude)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "writable").touch()
-        (folder / "writable").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ConfigError(f"cannot write to {folder}: {error.strerror}.") from error
     recipe = {
@@ -197,7 +203,7 @@ def _is_finished(job: _Job) -> bool:
         return False
     try:
         training = json.loads(file.read_text(encoding="utf-8")).get("training")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{file} is not a usable description: use another folder.") from error
     check_recipe(file, training.get("recipe") if isinstance(training, dict) else None, job.recipe)
     return True
