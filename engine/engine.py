@@ -453,6 +453,9 @@ class Engine:
 
     def _describe(self) -> EngineInfo:
         pool, checkpoint = self.runner.pool, self._checkpoint
+        wanted = self._config.num_speculative_tokens
+        if wanted is None:
+            wanted = self._default_width(self._default_drafter)
         return EngineInfo(
             model=self._config.model,
             model_path=str(checkpoint.path),
@@ -464,9 +467,7 @@ class Engine:
             eos_token_ids=list(checkpoint.eos_token_ids),
             drafter=self._default_drafter,
             drafters=list(self.drafters),
-            num_speculative_tokens=self._config.num_speculative_tokens
-            if self._config.num_speculative_tokens is not None
-            else self._default_width(self._default_drafter),
+            num_speculative_tokens=min(wanted, self.widest(self._default_drafter)),
             max_speculative_tokens=MAX_SPECULATIVE_TOKENS,
             block_size=pool.block_size,
             num_blocks=pool.num_blocks,
