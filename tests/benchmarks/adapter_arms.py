@@ -1,6 +1,7 @@
 """Which parts of an adapter pay: named arms, several seeds, the same number of steps for each.
 
     python tests/benchmarks/adapter_arms.py MODEL DATA --out FILE.jsonl [--steps N] [--seeds N] [--plot FILE.png]
+    python tests/benchmarks/adapter_arms.py MODEL DATA --times
 
 DATA is the data.safetensors that `skippy train` left for this model. Every arm is trained
 from scratch on it and walked along its held-out texts; then the engine drafts with it, to
@@ -64,6 +65,8 @@ def main() -> int:
     options = _parse()
     engine = Engine(EngineConfig(model=options.model, device="cpu", drafter="none", num_threads=options.threads))
     samples, _ = load_samples(Path(options.data))
+    if options.times:
+        return print_times(engine, samples, options)
     out = Path(options.out)
     records = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(record["arm"], record["seed"]) for record in records}
@@ -122,6 +125,21 @@ def run_arm(engine: Engine, arm: Arm, seed: int, samples: list[Sample], options:
         "training_seconds": seconds,
         "shape": asdict(shape),
     }
+
+
+def print_times(engine: Engine, samples: list[Sample], options: argparse.Namespace) -> int:
+    """The draft pass of every arm, not trained, as training makes it no faster; the median of three turns."""
+    checkpoint = open_checkpoint(options.model)
+    full = TrainOptions().adapter_config(checkpoint.config, _bytes(weight_files(checkpoint.path)))
+    times: dict[str, list[float]] = {arm.name: [] for arm in ARMS}
+    for _ in range(3):
+        for arm in ARMS:
+            times[arm.name].append(draft_ms(engine, S3DAdapter(arm_shape(arm, full), checkpoint.config), samples))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, milliseconds in medians.items():
+        print(f"{name:>22} {milliseconds:.2f} ms")
+    print(json.dumps({"bench": "adapter_arms times", **vars(options), **describe_machine(engine), "draft_ms": medians}))
+    return 0
 
 
 def arm_shape(arm: Arm, full: AdapterConfig) -> AdapterConfig:
@@ -194,7 +212,8 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", default="arms.jsonl")
+    parser.add_argument("--times", action="store_true", help="train nothing, time the draft passes")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
