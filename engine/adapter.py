@@ -194,7 +194,6 @@ class S3DAdapter(nn.Module):
         self.head = (
             SequentialHead(base.hidden_size, config.head_size, recurrent=config.recurrent) if config.head_size else None
         )
-
         ids = torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None
         self.draft_ids: Tensor | None  # [D] int64, the most frequent first
         self.register_buffer("draft_ids", ids)
@@ -202,8 +201,7 @@ class S3DAdapter(nn.Module):
     def fold(self, model: CausalLM) -> None:
         """Give the kept layers of a draft pass matrices of their own, LoRA included.
 
-        For a CPU, where memory is cheap and operations are dear: a draft pass takes a fifth
-        less time. The model must not be packed yet.
+        For a CPU, where memory is cheap and operations are dear. The model must not be packed yet.
         """
         for (layer, part), low_rank in self._lora.items():
             weight, bias = model.product_parameters(layer, part)

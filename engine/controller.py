@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 DECAY = 0.98
-"""What is left of an acceptance measured one draft ago. A text changes its character within a few lines."""
+"""What the last draft leaves of what was known before. A text changes its character within a few lines."""
 TIME_SHARE = 0.2
 """How far a new time moves its estimate."""
 HICCUP = 1.25
@@ -49,12 +49,11 @@ class Controller:
 
     def width(self, batch: int) -> int:
         """The width for a step of `batch` sequences."""
-        known = self._classes.setdefault(_power_of_two(batch), _BatchClass(self._widths))
-        return known.choose(self._promise)
+        return self._class_of(batch).choose(self._promise)
 
     def observe(self, batch: int, width: int, seconds: float, accepted: Sequence[int]) -> None:
         """What a step of that width took, and how many tokens of each sequence's draft were accepted."""
-        self._classes.setdefault(_power_of_two(batch), _BatchClass(self._widths)).time(width, seconds / batch)
+        self._class_of(batch).time(width, seconds / batch)
         for count in accepted:
             for depth in range(min(width, len(self._drafts))):
                 self._drafts[depth] = self._drafts[depth] * DECAY + 1.0
@@ -63,6 +62,12 @@ class Controller:
     def acceptance(self, depth: int) -> float:
         """The share of recent drafts whose token at `depth` (from 0) was accepted; a half when nothing is known."""
         return (self._accepted[depth] + 0.5) / (self._drafts[depth] + 1.0)
+
+    def _class_of(self, batch: int) -> _BatchClass:
+        key = _power_of_two(batch)
+        if key not in self._classes:
+            self._classes[key] = _BatchClass(self._widths)
+        return self._classes[key]
 
     def _promise(self, width: int) -> float:
         """Tokens per sequence and step. A token is accepted no more often than the one before it."""

@@ -353,7 +353,8 @@ class Engine:
                 end = riders - unaccepted * work.riders
                 newest[sequence.drafter].append(sequence)
                 row_of[sequence] = rows - 1 - unaccepted
-                riders_of[sequence] = computed.riders[end - work.riders : end]
+                if self._fused:
+                    riders_of[sequence] = computed.riders[end - work.riders : end]
         if self._fused:
             self._fused.collect(riders_of)
         for name, observer in self._observers.items():

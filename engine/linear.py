@@ -145,7 +145,7 @@ def _half(weight: Tensor, bias: Tensor | None) -> Product | None:
     if (weight.abs() > torch.finfo(torch.float16).max).any() or (weight - weight.half().float()).abs().max() > 2**-25:
         return None
     packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
-    # The operator itself: what wraps it looks for traced objects, and takes a tenth of a small product's time.
+    # The operator itself: what wraps it looks for traced objects, which shows in a small product's time.
     product = torch.ops.quantized.linear_dynamic_fp16.default._op
 
     def compute(x: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -12,9 +14,36 @@ from skippy.engine.errors import ConfigError
 _Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class _Line(msgspec.Struct):
+class Line(msgspec.Struct):
+    """What a line of a file of prompts holds, as far as anybody reads it."""
+
     prompt: _Text | None = None
     turns: Annotated[list[_Text], msgspec.Meta(min_length=1)] | None = None
+
+
+_Kind = TypeVar("_Kind", bound=Line)
+
+
+def read_lines(path: str, kind: type[_Kind]) -> Iterator[_Kind]:
+    """The lines of a JSONL file, one by one; each has a prompt or turns.
+
+    Raises:
+        ConfigError: the file, or the line that is due, cannot be read or has neither.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = msgspec.json.decode(line, type=kind)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from error
+        if entry.prompt is None and entry.turns is None:
+            raise ConfigError(f'{path}, line {number}: it has neither a "prompt" nor "turns"')
+        yield entry
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[str]:
@@ -23,26 +52,9 @@ def read_prompts(path: str, limit: int | None = None) -> list[str]:
     Raises:
         ConfigError: the file, or a line of it that was read, holds none.
     """
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     prompts: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if len(prompts) == limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            entry = msgspec.json.decode(line, type=_Line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from error
-        if entry.prompt is not None:
-            prompts.append(entry.prompt)
-        elif entry.turns is not None:
-            prompts.append(entry.turns[0])
-        else:
-            raise ConfigError(f'{path}, line {number}: it has neither a "prompt" nor "turns"')
+    for line in islice(read_lines(path, Line), limit):
+        prompts += [line.prompt] if line.prompt is not None else (line.turns or [])[:1]
     if not prompts:
         raise ConfigError(f"{path} holds no prompts")
     return prompts

@@ -119,10 +119,9 @@ def default_band(layers: int) -> tuple[int, int]:
 
 
 def default_draft_vocab(vocab_size: int) -> int:
-    """How many tokens are worth drafting: the most frequent ones of a large vocabulary, or 0, for all of a small one.
+    """How many tokens are worth drafting: the most frequent ones of a large vocabulary, or 0, for all, of a small one.
 
-    Of 8192 tokens the more frequent half drafts the training text as well as all of them do, but
-    not a text whose subject is another, and the product that it saves is small.
+    What is frequent differs from text to text, and the product that a small vocabulary saves is small.
     """
     return LARGEST_DRAFT_VOCABULARY if vocab_size >= 2 * LARGEST_DRAFT_VOCABULARY else 0
 

@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -31,7 +30,7 @@ from skippy.engine.config import EngineConfig
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.model import CausalLM
-from skippy.engine.prompts import read_prompts
+from skippy.engine.prompts import Line, read_lines, read_prompts
 from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.training.data import (
     AT_ONCE,
@@ -62,12 +61,8 @@ CHECKPOINT_SECONDS = 30.0
 OF_DATA = ("model", "dtype", "data", "exclude", "sequences", "length", "seed")
 """The parts of a recipe that the training text depends on."""
 
-_Text = Annotated[str, msgspec.Meta(min_length=1)]
 
-
-class _Excluded(msgspec.Struct):
-    prompt: _Text | None = None
-    turns: tuple[_Text, ...] = ()
+class _Excluded(Line):
     canonical_solution: str = ""
 
 
@@ -174,22 +169,11 @@ def _prepare(config: EngineConfig, options: TrainOptions, folder: Path) -> _Job:
 
 def _read_excluded(path: str) -> list[str]:
     """The evaluation texts of a JSONL file: prompts with their solutions, and turns."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    texts: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = msgspec.json.decode(line, type=_Excluded)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from error
-        if entry.prompt is None and not entry.turns:
-            raise ConfigError(f'{path}, line {number}: it has neither a "prompt" nor "turns"')
-        texts += [(entry.prompt or "") + entry.canonical_solution, *entry.turns]
-    return texts
+    return [
+        text
+        for line in read_lines(path, _Excluded)
+        for text in ((line.prompt or "") + line.canonical_solution, *(line.turns or ()))
+    ]
 
 
 def _digest(texts: list[str]) -> str | None:
