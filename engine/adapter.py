@@ -242,7 +242,7 @@ class BoundAdapter:
         self._adapter = adapter
         self._context = context
         self._rows = slice(first_row, None)
-        self._first_row = first_row
+        self.first_row = first_row
 
     def embed(self, token_ids: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
         """token_ids [N], some of them of masks, to [N, hidden_size]."""
@@ -261,16 +261,16 @@ class BoundAdapter:
         delta: Tensor = bridge(self._context)
         if len(delta) == len(x):
             return x + delta
-        x[self._first_row : self._first_row + len(delta)] += delta  # what follows is padding
+        x[self.first_row : self.first_row + len(delta)] += delta  # what follows is padding
         return x
 
     def instead(self, layer: int, part: str) -> RowLinear | None:
         """The product with LoRA folded in, if there is one and all rows are the drafter's."""
-        return self._adapter.folded.get((layer, part)) if self._first_row == 0 else None
+        return self._adapter.folded.get((layer, part)) if self.first_row == 0 else None
 
     def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
         """y plus the change of the product that made it of x. x [N, in], y [N, out]."""
-        if self._first_row == 0:
+        if self.first_row == 0:
             return self._adapter.add_lora(layer, part, x, y)
         self._adapter.add_lora(layer, part, x[self._rows], y[self._rows])  # in place: no such pass is trained
         return y

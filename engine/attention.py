@@ -39,7 +39,15 @@ class PassAttention(Protocol):
 
 
 class AttentionBackend(Protocol):
-    def begin(self, segments: list[Segment], slots: Tensor, riders: Sequence[RiderSegment] = ()) -> PassAttention: ...
+    def begin(
+        self,
+        segments: list[Segment],
+        slots: Tensor,
+        riders: Sequence[RiderSegment] = (),
+        first_draft: int | None = None,
+    ) -> PassAttention:
+        """first_draft: the rows from there on are a drafter's; what they cache stays finite."""
+        ...
 
     @property
     def slack_rows(self) -> int:
@@ -68,8 +76,14 @@ class SDPAAttention:
     def slack_rows(self) -> int:
         return self.multiple - 1
 
-    def begin(self, segments: list[Segment], slots: Tensor, riders: Sequence[RiderSegment] = ()) -> PassAttention:
-        return _SDPAPass(self, segments, slots, riders)
+    def begin(
+        self,
+        segments: list[Segment],
+        slots: Tensor,
+        riders: Sequence[RiderSegment] = (),
+        first_draft: int | None = None,
+    ) -> PassAttention:
+        return _SDPAPass(self, segments, slots, riders, first_draft)
 
     def mask(self, position: int, rows: int) -> Tensor:
         """Additive causal mask [rows * group, slots] of `rows` rows from `position` on.
@@ -156,7 +170,12 @@ class SDPAAttention:
 
 class _SDPAPass:
     def __init__(
-        self, backend: SDPAAttention, segments: list[Segment], slots: Tensor, riders: Sequence[RiderSegment]
+        self,
+        backend: SDPAAttention,
+        segments: list[Segment],
+        slots: Tensor,
+        riders: Sequence[RiderSegment],
+        first_draft: int | None,
     ) -> None:
         self._backend = backend
         self._slots = slots
@@ -174,15 +193,15 @@ class _SDPAPass:
         for part in riders:
             own = slice(part.row * backend.group, (part.row + part.num_rows) * backend.group)
             self._parts.append((own, own, backend.pool.locate(part.table), backend.rider_mask(part)))
-        self._first_rider = riders[0].row if riders else None
+        self._first_draft = first_draft
         # The usual step of a single client: one segment, padded, is the whole batch.
         self._alone = len(self._parts) == 1 and self._parts[0][1] == slice(0, len(slots) * backend.group)
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         backend = self._backend
-        if self._first_rider is not None:
+        if self._first_draft is not None:
             # Others read these slots masked, which does not help against NaN; no adapter may break their rows.
-            keys_values[self._first_rider :].nan_to_num_(0.0, 0.0, 0.0)
+            keys_values[self._first_draft :].nan_to_num_(0.0, 0.0, 0.0)
         backend.pool.write(layer, self._slots, keys_values)
         # Heads that share a KV head become rows of one product: [1, kv_heads, N * group, head_dim].
         rows, shape = len(queries), (-1, backend.num_kv_heads, backend.head_dim)

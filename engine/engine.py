@@ -237,7 +237,7 @@ class Engine:
             if not work or any(w.num_known > 1 for w in work):
                 continue
             width = round(sum(w.lookahead for w in work) / len(work))
-            if self._fused and stats.draft_tokens < width * len(work):
+            if any(w.lookahead < w.riders for w in work):
                 continue  # the step before let fewer masks ride
             drafted = [w.sequence.last_accepted for w in work]
             controller.observe(len(work), width, stats.draft_seconds + stats.verify_seconds, drafted)
@@ -355,6 +355,7 @@ class Engine:
                 row_of[sequence] = rows - 1 - unaccepted
                 if self._fused:
                     riders_of[sequence] = computed.riders[end - work.riders : end]
+                    sequence.ridden = work.riders
         if self._fused:
             self._fused.collect(riders_of)
         for name, observer in self._observers.items():

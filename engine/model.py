@@ -64,6 +64,11 @@ def skipping_plan(config: ModelConfig, start: int, end: int) -> Plan:
 class Adapter(Protocol):
     """What changes on the rows of a pass that draft. The others come out as without it."""
 
+    @property
+    def first_row(self) -> int:
+        """The first of the rows that draft; all that follow do so, too, or are padding."""
+        ...
+
     def embed(self, token_ids: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
         """token_ids [N], which may lie beyond the vocabulary, to [N, hidden_size]."""
         ...

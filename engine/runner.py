@@ -72,7 +72,8 @@ class Runner:
             taps: layers whose input is wanted.
         """
         batch = self._batch(rows)
-        attend = self._attention.begin(batch.segments, batch.slots, batch.riders)
+        first_draft = None if adapter is None else adapter.first_row
+        attend = self._attention.begin(batch.segments, batch.slots, batch.riders, first_draft)
         hidden, tapped = self.model(batch, plan, attend, adapter, taps)
         read = batch.logit_rows
         return Computed(hidden[read], {layer: x[read] for layer, x in tapped.items()}, hidden[batch.rider_rows])

@@ -209,7 +209,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._blocks.release(sequence.table)
-        sequence.computed = sequence.published = 0
+        sequence.computed = sequence.published = sequence.ridden = 0
         self.waiting.appendleft(sequence)
 
     def _is_ahead(self, leader: Sequence) -> bool:
@@ -219,7 +219,8 @@ class Scheduler:
         """Drafts end one token before max_len: the verifier's own token is always the last."""
         if not sequence.decoding:
             return 0
-        return max(0, min(_most(sequence, widths), sequence.max_len - len(sequence.tokens) - 1))
+        most = min(_most(sequence, widths), sequence.ridden) if sequence.rides else _most(sequence, widths)
+        return max(0, min(most, sequence.max_len - len(sequence.tokens) - 1))
 
     def _wanted_riders(self, work: Work, widths: Mapping[str, int]) -> int:
         """As many as the next step can draft tokens, which has at least one more that is known."""

@@ -29,6 +29,8 @@ class Sequence:
     tokens: list[int]
     rides: bool = False
     """Whether its drafts are made by rows that ride in the verify pass, so many behind each of its rows."""
+    ridden: int = 0
+    """How many rode behind its newest computed token: the most that the next step can draft."""
     computed: int = 0
     table: list[int] = field(default_factory=list)
     """The KV blocks that hold it, in order."""

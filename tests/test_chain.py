@@ -62,12 +62,12 @@ def prospect(params: SamplingParams, choice: int = 0) -> Prospect:
     return Prospect(state, len(PROMPT) + len(OUTPUT))
 
 
-def draft(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect]) -> list[list[int]]:
+def draft(
+    model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect], min_reach: float = -1.0
+) -> list[list[int]]:
     newest = torch.tensor([OUTPUT[-1] + i for i in range(len(hidden))])
     with torch.inference_mode():
-        drafted = draft_chain(model, adapter, hidden, newest, prospects)
-    assert drafted.dtype == torch.int64
-    return drafted.tolist()
+        return draft_chain(model, adapter, hidden, newest, prospects, min_reach)
 
 
 def chosen(model: CausalLM, hidden: Tensor, one: Prospect) -> list[int]:
@@ -163,6 +163,38 @@ class TestHead:
         assert drafted(1.0) == drafted(1024.0)
 
 
+class TestReach:
+    """A draft ends before the first token that is hardly ever reached."""
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("make", [without_head, with_head])
+    def test_a_draft_is_a_prefix_that_ends_where_its_confidence_does(
+        self, model: CausalLM, folder: Path, make: Any, mode: str
+    ) -> None:
+        adapter, hidden = make(folder), hidden_rows(6, 8) * 20  # unlike random states, sure of some tokens
+        prospects = [prospect(MODES[mode], choice) for choice in range(6)]
+        whole = draft(model, adapter, hidden, prospects)
+        lengths = []
+        for min_reach in (1e-3, 0.1, 0.5, 0.9, 1.1):
+            drafts = draft(model, adapter, hidden, prospects, min_reach)
+            assert all(tokens == all_of_them[: len(tokens)] for tokens, all_of_them in zip(drafts, whole, strict=True))
+            lengths.append(sum(map(len, drafts)))
+        assert lengths == sorted(lengths, reverse=True)
+        assert lengths[0] > lengths[-1] == 0
+
+    def test_reach_is_the_product_of_the_shares(self, model: CausalLM, folder: Path) -> None:
+        hidden, one = hidden_rows(1, 6) * 20, prospect(MODES["greedy"])
+        shares = model.logits(hidden[0]).softmax(-1).amax(-1)
+        for length, reach in enumerate(shares.cumprod(0).tolist(), 1):
+            for min_reach, expected in ((reach * 0.999, length), (reach * 1.001, length - 1)):
+                drafts = draft(model, without_head(folder), hidden, [one], min_reach)
+                assert len(drafts[0]) >= expected if min_reach < reach else len(drafts[0]) <= expected
+
+    def test_nonsense_is_never_worth_verifying(self, model: CausalLM, folder: Path) -> None:
+        hidden = torch.full((1, 4, HIDDEN), float("nan"))
+        assert draft(model, with_head(folder), hidden, [prospect(MODES["greedy"])], 0.1) == [[]]
+
+
 class TestBatch:
     @pytest.mark.parametrize("make", [without_head, with_head])
     def test_sequences_do_not_disturb_each_other(self, model: CausalLM, folder: Path, make: Any) -> None:
@@ -174,7 +206,7 @@ class TestBatch:
         for i, one in enumerate(prospects):
             with torch.inference_mode():
                 alone = draft_chain(model, adapter, hidden[i : i + 1], newest[i : i + 1], [one])
-            assert together[i] == alone[0].tolist()
+            assert together[i] == alone[0]
         assert len({tuple(tokens) for tokens in together}) == len(together)
 
     def test_choices_of_one_request_have_noise_of_their_own(self, model: CausalLM, folder: Path) -> None:

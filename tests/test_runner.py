@@ -59,6 +59,7 @@ class Adapter:
 
     def __init__(self, rows: slice = slice(None), last_id: int = 2**31) -> None:
         self._rows = rows
+        self.first_row = rows.start or 0
         self._last_id = last_id  # greater ids are embedded like this one
         self.calls: list[tuple[int, str]] = []
 

@@ -130,6 +130,7 @@ class Simulation:
             if work.lookahead:
                 assert work.start == len(sequence.tokens) - 1
                 assert work.lookahead <= sequence.max_draft
+                assert not sequence.rides or work.lookahead <= sequence.ridden, "nobody drafts but who rode"
                 assert end <= sequence.max_len - 1, "the last token is the verifier's own"
             for position in range(work.start):
                 assert self.slots[self.slot(sequence, position)] == tuple(sequence.tokens[: position + 1])
@@ -154,6 +155,7 @@ class Simulation:
             sequence.tokens += [*draft[:accepted], self.random.randrange(3)]
             self.scheduler.commit(sequence, work.start + work.num_known + accepted)
             room -= accepted + 1
+        sequence.ridden = work.riders
         if chooses and room == 0:
             self.finish(sequence)
 
@@ -164,6 +166,14 @@ class Simulation:
             self.step()
         assert not self.live, "not finished in time"
         assert self.blocks.num_held == 0, "idle, and blocks are held"
+
+
+class AllRode(Simulation):
+    """As if there had been seats for all riders of the step before."""
+
+    def compute(self, work: Work) -> None:
+        super().compute(work)
+        work.sequence.ridden = work.sequence.max_draft
 
 
 @dataclass(frozen=True)
@@ -255,7 +265,7 @@ def test_riders_change_nothing_for_what_runs_or_waits(
     """Without a prefix cache, that is: blocks they are given for a step may have been the oldest in it."""
     histories = []
     for rides in (False, True):
-        engine = Simulation(max_rows=sizes["max_num_seqs"] + spare_rows, caching=False, rides=rides, **sizes)
+        engine = AllRode(max_rows=sizes["max_num_seqs"] + spare_rows, caching=False, rides=rides, **sizes)
         serve(engine, requests)
         histories.append((engine.history, engine.preemptions))
     assert histories[0] == histories[1]

@@ -215,9 +215,11 @@ class TestRows:
     ) -> None:
         seen: list[tuple[int, Tensor]] = []
 
-        def record(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, newest: Tensor, prospects: Any) -> Tensor:
+        def record(
+            model: CausalLM, adapter: S3DAdapter, hidden: Tensor, newest: Tensor, prospects: Any, min_reach: float
+        ) -> list[list[int]]:
             seen.append((prospects[0].index - 1, hidden[0].clone()))
-            return draft_chain(model, adapter, hidden, newest, prospects)
+            return draft_chain(model, adapter, hidden, newest, prospects, min_reach)
 
         monkeypatch.setattr(s3d, "draft_chain", record)
         engine = Engine(replace(config, adapter=str(tmp_path), drafter="s3d"))

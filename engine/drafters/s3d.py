@@ -29,6 +29,12 @@ from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
 from skippy.engine.tensors import to_device
 
+MIN_REACH = 0.1
+"""A token must be accepted so often, by the drafter's own account, to be worth verifying.
+
+Measured, not derived: the drafter is less sure than it is right.
+"""
+
 
 class _S3D:
     """Drafts with the model of a runner and an adapter trained for it.
@@ -45,16 +51,16 @@ class _S3D:
         self._states = states
 
     def _chains(self, sequences: SequenceOf[Sequence], hidden: SequenceOf[Tensor]) -> list[list[int]]:
-        """A token for every draft row. hidden [rows, hidden_size] of each sequence; some may have no rows."""
-        widths = [len(rows) for rows in hidden]
+        """At most a token per draft row. hidden [rows, hidden_size] of each sequence; some may have no rows."""
         drafts = draft_chain(
             self._runner.model,
             self.adapter,
             pad_sequence(list(hidden), batch_first=True),
             to_device([s.tokens[-1] for s in sequences], hidden[0].device),
             [Prospect(self._states[s], len(s.tokens)) for s in sequences],
-        ).tolist()
-        return [draft[:width] for draft, width in zip(drafts, widths, strict=True)]
+            MIN_REACH,
+        )
+        return [draft[: len(rows)] for draft, rows in zip(drafts, hidden, strict=True)]
 
 
 class S3DDrafter(_S3D):

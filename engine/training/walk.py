@@ -63,7 +63,7 @@ def accepted_counts(model: CausalLM, adapter: S3DAdapter, sample: Sample) -> Ite
         anchors = torch.arange(place, min(place + PLACES, end), device=tokens.device)[None]
         hidden = draft_rows(model, adapter, teaching, anchors)[0]
         prospects = [Prospect(state, anchor + 1) for anchor in anchors[0].tolist()]
-        drafts = draft_chain(model, adapter, hidden, tokens[0, anchors[0]], prospects).tolist()
+        drafts = draft_chain(model, adapter, hidden, tokens[0, anchors[0]], prospects)
         first = place
         while place - first < len(drafts):
             following = sample.tokens[place + 1 : place + 1 + width]
