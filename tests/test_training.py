@@ -158,7 +158,7 @@ class TestData:
 
 class TestOptions:
     @pytest.mark.parametrize(
-        ("layers", "band"), [(1, (0, 0)), (2, (0, 1)), (3, (1, 2)), (5, (2, 4)), (10, (3, 8)), (32, (10, 26))]
+        ("layers", "band"), [(1, (0, 0)), (2, (0, 1)), (3, (1, 2)), (5, (1, 3)), (10, (2, 7)), (32, (6, 22))]
     )
     def test_the_default_band(self, layers: int, band: tuple[int, int]) -> None:
         assert default_band(layers) == band

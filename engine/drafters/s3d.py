@@ -29,7 +29,7 @@ from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
 from skippy.engine.tensors import to_device
 
-MIN_REACH = 0.1
+MIN_REACH = 0.15
 """A token must be accepted so often, by the drafter's own account, to be worth verifying.
 
 Measured, not derived: the drafter is less sure than it is right.
