@@ -219,16 +219,17 @@ class S3DAdapter(nn.Module):
         module = self._lora.get((layer, part))
         return y if module is None else module.add_to(y, x)
 
-    def bind(self, context: Tensor | None, first_row: int = 0) -> BoundAdapter:
+    def bind(self, context: Tensor | None, first_row: int = 0, draft_of_row: Tensor | None = None) -> BoundAdapter:
         """The adapter for one pass.
 
         Args:
-            context: [R, 2, hidden_size], for each of its rows what the band
-                [skip_start, skip_end) added to the token before the newest one, and that
-                token's last hidden state. None without a bridge.
+            context: [B, 2, hidden_size], for each draft what the band [skip_start, skip_end)
+                added to the token before the newest one, and that token's last hidden state.
+                None without a bridge.
             first_row: the rows from here to the end are the drafter's.
+            draft_of_row: [R] int64, the draft that each of its rows belongs to; None if each is one.
         """
-        return BoundAdapter(self, context, first_row)
+        return BoundAdapter(self, context, first_row, draft_of_row)
 
     def mask_ids(self, count: int) -> list[int]:
         """The token ids that stand for the first `count` masks."""
@@ -238,9 +239,12 @@ class S3DAdapter(nn.Module):
 class BoundAdapter:
     """An adapter and what it needs to know of one pass; the model's `Adapter`."""
 
-    def __init__(self, adapter: S3DAdapter, context: Tensor | None, first_row: int) -> None:
+    def __init__(
+        self, adapter: S3DAdapter, context: Tensor | None, first_row: int, draft_of_row: Tensor | None
+    ) -> None:
         self._adapter = adapter
         self._context = context
+        self._draft_of_row = draft_of_row
         self._rows = slice(first_row, None)
         self.first_row = first_row
 
@@ -259,6 +263,8 @@ class BoundAdapter:
         if bridge is None or self._context is None or layer != self._adapter.config.skip_end:
             return x
         delta: Tensor = bridge(self._context)
+        if self._draft_of_row is not None:
+            delta = delta[self._draft_of_row]
         if len(delta) == len(x):
             return x + delta
         x[self.first_row : self.first_row + len(delta)] += delta  # what follows is padding

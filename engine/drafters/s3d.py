@@ -55,7 +55,7 @@ class _S3D:
         drafts = draft_chain(
             self._runner.model,
             self.adapter,
-            pad_sequence(list(hidden), batch_first=True),
+            hidden[0][None] if len(hidden) == 1 else pad_sequence(list(hidden), batch_first=True),
             to_device([s.tokens[-1] for s in sequences], hidden[0].device),
             [Prospect(self._states[s], len(s.tokens)) for s in sequences],
             MIN_REACH,
@@ -94,7 +94,8 @@ class S3DDrafter(_S3D):
         rows = [Rows([s.tokens[-1], *self.adapter.mask_ids(n - 1)], s.computed, s.table, n) for s, n in drafting]
         assert self._context is not None
         places = to_device([self._place[s] for s, n in drafting for _ in range(n)], self._context.device)
-        computed = self._runner.compute(rows, self._plan, self.adapter.bind(self._context[places]))
+        bound = self.adapter.bind(self._context, draft_of_row=places)
+        computed = self._runner.compute(rows, self._plan, bound)
         return self._chains(sequences, torch.split(computed.hidden, widths))
 
 
