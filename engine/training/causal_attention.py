@@ -29,10 +29,10 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float
     for start in range(0, length, ROWS):
         end = min(start + ROWS, length)
         asking = queries[:, :, start:end].flatten(1, 2)  # [B * H_kv, group * rows, D]
-        scores = torch.bmm(asking, keys[:, :end].transpose(1, 2)).unflatten(1, (group, -1))
+        scores = torch.bmm(asking, keys[:, :end].transpose(1, 2)).view(-1, group, end - start, end)
         later = torch.ones(end - start, end, dtype=torch.bool, device=keys.device).triu(start + 1)
         weights = scores.masked_fill(later, float("-inf")).softmax(-1, dtype=scores.dtype)
-        outputs.append(torch.bmm(weights.flatten(1, 2), values[:, :end]).unflatten(1, (group, -1)))
+        outputs.append(torch.bmm(weights.flatten(1, 2), values[:, :end]).view(-1, group, end - start, dim))
     return torch.cat(outputs, 2).view(batch, heads, length, dim)
 
 

@@ -10,18 +10,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from skippy.engine.errors import ConfigError
 from skippy.engine.training import causal_attention
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-
-
-def new_config(source: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The config.json of a model like another one, of so many layers."""
-    return {**source, "num_hidden_layers": layers}
 
 
 def new_model(config: Mapping[str, Any], device: torch.device) -> LlamaForCausalLM:
@@ -34,7 +29,9 @@ def new_model(config: Mapping[str, Any], device: torch.device) -> LlamaForCausal
         raise ConfigError(f"model_type {config.get('model_type')!r} cannot be pretrained here; it must be 'llama'.")
     llama = LlamaConfig.from_dict({**config, "dtype": "float32", "use_cache": False})
     llama._attn_implementation = causal_attention.register() if device.type == "cpu" else "sdpa"
-    return LlamaForCausalLM(llama).to(device)
+    model = LlamaForCausalLM(llama)
+    nn.Module.to(model, device)  # transformers' own `to` has no types
+    return model
 
 
 def layer_origins(old: int, new: int) -> list[tuple[int, bool]]:
