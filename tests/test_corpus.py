@@ -50,6 +50,7 @@ def sources(tmp_path: Path) -> Sources:
             "free/copy.py": f"# GNU General Public License\n{SOURCE}COPIED = 1\n",
             "free/again.py": f"{SOURCE}LIBRARY = 1\n",
             "free/short.py": "SHORT = 1\n",
+            "free/made.py": f"# This file was automatically generated from model.py.\n{SOURCE}MADE = 1\n",
             "free/data.txt": f"{SOURCE}DATA = 1\n",
         },
     )

@@ -54,6 +54,10 @@ _OF_OTHERS = {"_vendor", "vendor", "vendored", "_vendored", "third_party", "exte
 """Folders whose files may be under another licence than the package around them."""
 _LEFT_OUT_OF_LIBRARY = {"site-packages", "dist-packages", "idlelib", "test"}
 _COPYLEFT = re.compile(r"\bA?L?GPL|GNU (Lesser |Library |Affero )?General Public|Mozilla Public", re.IGNORECASE)
+_GENERATED = re.compile(r"generated (from|by)|auto-?generated|do not edit", re.IGNORECASE)
+"""In a file's beginning: it repeats what stands elsewhere, on both sides of the split, or a pattern."""
+GENERATED_WITHIN = 1000
+"""Characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +190,13 @@ def _python(library: Path, packages: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> Iterator[str]:
-    """The text of a file, if it is text of a fitting size that claims no other licence."""
+    """The text of a file, if it is of a fitting size, was written by hand and claims no other licence."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return  # recorded and not installed, or in another encoding
-    if SHORTEST <= len(text) <= LONGEST and not _COPYLEFT.search(text):
+    fits = SHORTEST <= len(text) <= LONGEST
+    if fits and not _COPYLEFT.search(text) and not _GENERATED.search(text, 0, GENERATED_WITHIN):
         yield text
 
 
