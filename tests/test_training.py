@@ -27,6 +27,7 @@ from skippy.engine.adapter_files import load_adapter, save_adapter
 from skippy.engine.chain import draft_chain
 from skippy.engine.drafters import s3d
 from skippy.engine.errors import TrainingError
+from skippy.engine.families import parse_config
 from skippy.engine.model import CausalLM
 from skippy.engine.training import loss as loss_module
 from skippy.engine.training import trainer as trainer_module
@@ -39,7 +40,7 @@ from skippy.engine.training.passes import draft_rows, teach
 from skippy.engine.training.run import load_base, run_training
 from skippy.engine.training.trainer import Trainer, hold_out, step_loss
 from skippy.engine.training.walk import accepted_counts
-from skippy.engine.weights import open_checkpoint, parse_config
+from skippy.engine.weights import open_checkpoint
 from skippy.server import cli
 from skippy.server.settings import flag_of
 

@@ -192,7 +192,7 @@ def step_loss(
     ids, probs = _teacher_rows(model, teaching.hidden, ahead)
     previous = tokens.gather(1, ahead.flatten(1)).view(-1, width)
     corrected = corrected_rows(model, adapter, hidden, previous).flatten(0, 1)
-    loss = draft_loss(model.model.norm(corrected), model.lm_head.weight, ids, probs, tv_share)
+    loss = draft_loss(model.normalise(corrected), model.lm_head.weight, ids, probs, tv_share)
     weights = DEPTH_DECAY ** torch.arange(width, device=device)
     return (loss.view(-1, width) @ weights).mean() / weights.sum()
 
@@ -204,7 +204,7 @@ def _teacher_rows(model: CausalLM, hidden: Tensor, places: Tensor) -> tuple[Tens
     # Drafts overlap: most places are asked for by several anchors.
     rows, inverse = torch.unique(places + of_sequence, return_inverse=True)
     with torch.no_grad():
-        ids, probs = teacher_tops(model.model.norm(hidden.flatten(0, 1)[rows]), model.lm_head.weight)
+        ids, probs = teacher_tops(model.normalise(hidden.flatten(0, 1)[rows]), model.lm_head.weight)
     return ids[inverse.flatten()], probs[inverse.flatten()]
 
 
@@ -216,7 +216,7 @@ def corrected_rows(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, previou
     if adapter.head is None:
         return hidden
     prepared = adapter.head.prepare(hidden)
-    embedded = model.model.embed_tokens(previous)
+    embedded = model.embed(previous)
     state: Tensor | None = None
     rows = []
     for row in range(hidden.shape[1]):
