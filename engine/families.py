@@ -130,8 +130,9 @@ def _rope(raw: Raw, given: Raw) -> dict[str, Any]:
     rope = {key: value for key, value in given.items() if key != "type" and value is not None}
     rope.setdefault("rope_type", given.get("type") or "default")
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    if raw.get("partial_rotary_factor") is not None:
-        rope.setdefault("partial_rotary_factor", raw["partial_rotary_factor"])
+    share = rope.pop("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if share not in (None, 1.0):
+        rope["partial_rotary_factor"] = share
     if rope["rope_type"] == "su":  # an early name
         rope["rope_type"] = "longrope"
     if rope["rope_type"] not in ROPE_TYPES:
@@ -250,11 +251,11 @@ def _smollm3(raw: Raw, config: ModelConfig) -> ModelConfig:
 
 
 def _exaone4(raw: Raw, config: ModelConfig) -> ModelConfig:
-    pattern = raw.get("sliding_window_pattern", 4)
-    if raw.get("sliding_window") and not raw.get("layer_types") and not isinstance(pattern, int):
+    pattern = raw.get("sliding_window_pattern") or 4
+    if not raw.get("layer_types") and not isinstance(pattern, int):
         raise ValueError(f"sliding_window_pattern {pattern!r} without layer_types is not supported")
-    config = replace(config, norm_names=BEHIND, qk_norm="head")
-    config = _windowed(raw, config, [bool(pattern) and (layer + 1) % pattern != 0 for layer in _layers(config)])
+    slides = [] if raw.get("layer_types") else [(layer + 1) % pattern != 0 for layer in _layers(config)]
+    config = _windowed(raw, replace(config, norm_names=BEHIND, qk_norm="head"), slides)
     # Where only some layers have a window, the others have no rotary embedding.
     nope = frozenset(_layers(config)) - config.sliding_layers
     return replace(config, nope_layers=nope) if config.sliding_window else config
