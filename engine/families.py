@@ -9,7 +9,7 @@ leaves alone are placed so that the rotation of all elements turns them by nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -314,12 +314,13 @@ def parameters(stored: str, tensor: Tensor, config: ModelConfig) -> Iterator[tup
     implies comes out as it is, for the caller to refuse.
     """
     names = parameter_names(stored)
-    parts = (tensor,)
+    parts: Sequence[Tensor] = [tensor] * len(names)
     if len(names) > 1:
         kv = config.num_key_value_heads * config.head_dim
-        sizes = [config.num_attention_heads * config.head_dim, kv, kv] if len(names) == 3 else []
-        sizes = sizes or [config.intermediate_size] * 2
-        parts = tensor.split(sizes) if len(tensor) == sum(sizes) else (tensor,) * len(names)
+        of_qkv = [config.num_attention_heads * config.head_dim, kv, kv]
+        sizes = of_qkv if len(names) == 3 else [config.intermediate_size] * 2
+        if len(tensor) == sum(sizes):
+            parts = torch.split(tensor, sizes)
     for name, part in zip(names, parts, strict=True):
         yield name, _arranged(name, part, config)
 

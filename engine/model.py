@@ -298,7 +298,7 @@ class SelfAttention(nn.Module):
         """Queries and keys [N, heads + kv_heads, head_dim], normalised."""
         if self._qk_weight is not None:
             return self.q_norm.by(x, self._qk_weight)
-        q, k = x.split((self.num_heads, self.num_kv_heads), 1)
+        q, k = torch.split(x, [self.num_heads, self.num_kv_heads], 1)
         if self._qk_norm == "all":
             q, k = self.q_norm(q.flatten(1)).view(q.shape), self.k_norm(k.flatten(1)).view(k.shape)
         else:
@@ -440,8 +440,7 @@ class CausalLM(nn.Module):
 
     def cap(self, logits: Tensor) -> Tensor:
         """Products with the head to logits, of the same shape."""
-        softcap = self.config.logit_softcap
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return softcapped(logits, self.config.logit_softcap)
 
     def _head_product(self, x: Tensor, rows: int | None) -> Tensor:
         """x [M, hidden_size], normalised, to the logits of the first `rows` rows of the head, float32."""
@@ -532,6 +531,11 @@ class CausalLM(nn.Module):
         if not self._rope or self._rope[0][0].dtype != like.dtype or self._rope[0][0].device != like.device:
             self.prepare_rope(like.dtype, like.device)
         return self._rope
+
+
+def softcapped(x: Tensor, softcap: float | None) -> Tensor:
+    """x brought smoothly within softcap of 0 (arXiv 2408.00118, section 2); None leaves it as it is."""
+    return x if softcap is None else torch.tanh(x / softcap) * softcap
 
 
 def by_rows(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -362,7 +362,7 @@ def write_family(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
     (folder / "config.json").write_text(json.dumps(raw))
     config = AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         getattr(config, "text_config", config), attn_implementation="eager"
     )
     shifted = "Gemma" in raw["architectures"][0]
@@ -379,4 +379,5 @@ def write_family(folder: Path, raw: dict[str, Any]) -> PreTrainedModel:
         state["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(4)
         state["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(4)
     save_file(state, folder / "model.safetensors")
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

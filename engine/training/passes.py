@@ -16,7 +16,7 @@ from torch import Tensor
 
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.attention import capped_attention
-from skippy.engine.model import CausalLM, ModelConfig, full_plan, skipping_plan
+from skippy.engine.model import CausalLM, ModelConfig, full_plan, skipping_plan, softcapped
 from skippy.engine.tensors import TokenBatch
 
 
@@ -141,8 +141,7 @@ class _AnchorAttention:
         own_keys, own_values = own.chunk(2, 1)
         to_past = asking.flatten(2, 4) @ past_keys.transpose(-1, -2)
         to_past, to_own = to_past.view(*asking.shape[:-1], length), asking @ own_keys.transpose(-1, -2)
-        if (softcap := self._config.attention_softcap) is not None:
-            to_past, to_own = (torch.tanh(scores / softcap) * softcap for scores in (to_past, to_own))
+        to_past, to_own = (softcapped(scores, self._config.attention_softcap) for scores in (to_past, to_own))
         hidden_past, hidden_own = self._hidden[self._config.windows[layer]]
         to_past = to_past.masked_fill(hidden_past, float("-inf"))
         to_own = to_own.masked_fill(hidden_own, float("-inf"))
