@@ -9,6 +9,7 @@ leaves alone are placed so that the rotation of all elements turns them by nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -127,6 +128,7 @@ def _plain(raw: Raw) -> ModelConfig:
 
 def _rope(raw: Raw, given: Raw) -> dict[str, Any]:
     """One rotary embedding, in the terms of transformers 5."""
+    given = dict(given)
     rope = {key: value for key, value in given.items() if key != "type" and value is not None}
     rope.setdefault("rope_type", given.get("type") or "default")
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
@@ -210,12 +212,20 @@ def _gemma2(raw: Raw, config: ModelConfig) -> ModelConfig:
         config,
         norm_names=SANDWICHED,
         norm_offset=1.0,
-        query_scale=float(raw["query_pre_attn_scalar"]) ** -0.5,
-        attention_softcap=raw.get("attn_logit_softcapping"),
-        logit_softcap=raw.get("final_logit_softcapping"),
-        embedding_multiplier=config.hidden_size**0.5,
+        query_scale=1.0 / math.sqrt(raw["query_pre_attn_scalar"]),
+        attention_softcap=_softcap(raw, "attn_logit_softcapping"),
+        logit_softcap=_softcap(raw, "final_logit_softcapping"),
+        embedding_multiplier=math.sqrt(config.hidden_size),
     )
     return _windowed(raw, config, [layer % 2 == 0 for layer in _layers(config)])
+
+
+def _softcap(raw: Raw, name: str) -> float | None:
+    if raw.get(name) is None:
+        return None
+    if not float(raw[name]) > 0.0:
+        raise ValueError(f"{name} is {raw[name]}")
+    return float(raw[name])
 
 
 def _gemma3(raw: Raw, config: ModelConfig) -> ModelConfig:
@@ -244,7 +254,9 @@ def _olmo3(raw: Raw, config: ModelConfig) -> ModelConfig:
 
 def _smollm3(raw: Raw, config: ModelConfig) -> ModelConfig:
     interval = int(raw.get("no_rope_layer_interval", 4))
-    turns = raw.get("no_rope_layers") or [(layer + 1) % interval for layer in _layers(config)]
+    turns = list(raw.get("no_rope_layers") or [(layer + 1) % interval for layer in _layers(config)])
+    if len(turns) < config.num_hidden_layers:
+        raise ValueError(f"no_rope_layers names {len(turns)} of {config.num_hidden_layers} layers")
     nope = frozenset(layer for layer in _layers(config) if not turns[layer])
     config = replace(config, nope_layers=nope)
     return _windowed(raw, config, [not turn for turn in turns]) if raw.get("use_sliding_window") else config

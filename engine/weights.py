@@ -18,6 +18,8 @@ from skippy.engine.errors import CheckpointError
 from skippy.engine.families import FAMILIES, architecture, parameter_names, parameters, parse_config, text_config
 from skippy.engine.model import CausalLM, ModelConfig
 
+UNUSABLE = (ArithmeticError, KeyError, TypeError, ValueError)
+"""What reading a configuration of no use raises."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,7 +79,7 @@ def open_checkpoint(model: str) -> Checkpoint:
             eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),
             vocab_size=vocab_size,
         )
-    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+    except UNUSABLE as error:
         raise CheckpointError(f"{path / 'config.json'} is not a usable configuration: {error!r}.") from error
 
 

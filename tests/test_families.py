@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support_engine import random_adapter, run_dry, tokens_of
 from support_families import EOS, PUBLISHED, VOCABULARY, WINDOW, tiny, write_family
 from torch import Tensor
@@ -20,7 +23,7 @@ from skippy.engine.model import full_plan, skipping_plan
 from skippy.engine.reference import reference_logits
 from skippy.engine.runner import Rows, Runner
 from skippy.engine.training.passes import draft_rows, teach
-from skippy.engine.weights import load_model, open_checkpoint
+from skippy.engine.weights import UNUSABLE, load_model, open_checkpoint
 
 CPU = torch.device("cpu")
 BLOCK = 16
@@ -246,6 +249,8 @@ class TestReading:
             ("Phi-4-mini", {"partial_rotary_factor": 1.5}, "turns 24 elements of 16"),
             ("Gemma-3-1B", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
             ("EXAONE-4.0-32B", {"layer_types": None}, "without layer_types"),
+            ("SmolLM3-3B", {"no_rope_layers": [1]}, "no_rope_layers names 1 of 4 layers"),
+            ("Gemma-2-9B", {"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0"),
         ],
     )
     def test_settings_of_no_use_are_told_in_one_line(
@@ -255,6 +260,16 @@ class TestReading:
         with pytest.raises(CheckpointError, match=message) as caught:
             open_checkpoint(str(tmp_path))
         assert "\n" not in str(caught.value)
+
+    @settings(max_examples=300, deadline=None)
+    @given(data=st.data())
+    def test_nonsense_is_refused_or_read_but_breaks_nothing(self, data: st.DataObject) -> None:
+        raw = tiny(data.draw(st.sampled_from(list(PUBLISHED))))
+        text_part = raw.get("text_config", raw)
+        key = data.draw(st.sampled_from(sorted(text_part)))
+        text_part[key] = data.draw(st.sampled_from([None, "x", -1, 0, 1, 0.5, [], ["x"], [1], {}, {"x": 1}, True]))
+        with suppress(*UNUSABLE):
+            parse_config(raw)
 
     @pytest.mark.parametrize("architecture", ["Cohere2ForCausalLM", "Qwen3NextForCausalLM", "MixtralForCausalLM"])
     def test_another_architecture_is_named_beside_what_is_supported(self, architecture: str, tmp_path: Path) -> None:
