@@ -89,7 +89,7 @@ class SDPAAttention:
         layers = windows or [None] * len(pool.keys)
         self.windows = [None if window is None or window >= max_len else window for window in layers]
         self._max_base = -(-max_len // pool.block_size) * pool.block_size
-        self._masks = {window: self._mask_table(window) for window in self.windows}
+        self._masks = {window: self._mask_table(window) for window in dict.fromkeys(self.windows)}
         self.multiple = self._measure_multiple()
 
     @property
@@ -219,9 +219,8 @@ class SDPAAttention:
 
         def attend(start: int, count: int) -> Tensor:
             part = slice(start * group, (start + count) * group)
-            return self.attend(queries[:, :, part], keys, values, table[part, -keys.shape[2] :])[
-                :, :, : (size - start) * group
-            ]
+            out = self.attend(queries[:, :, part], keys, values, table[part, -keys.shape[2] :])
+            return out[:, :, : (size - start) * group]
 
         whole = attend(0, size)
         runs = [(start, multiple) for start in range(size)] + [(0, n) for n in range(multiple, size + 1, multiple)]
