@@ -1,10 +1,14 @@
 """Attention over the paged pool. The protocol, and the reference on PyTorch's SDPA.
 
 Exactness: the result of a row depends on its own position and nothing else. Rows are cut
-where a KV block ends, so a row at position p always reads (p // block_size + 1) whole
-blocks, whoever shares the pass; slots beyond p are masked. Row counts are padded to a
-multiple that was measured to give every row the same bits (see `linear`). A padding row
-is simply the next row of the pass, read along and thrown away.
+where a KV block ends, so a row at position p always reads the same whole blocks, whoever
+shares the pass: all up to its own, b = p // block_size, or in a layer with a window those
+from the first that any row of block b sees. Slots that it does not see are masked. Row counts
+are padded to a multiple that was measured to give every row the same bits (see `linear`). A
+padding row is simply the next row of the pass, read along and thrown away.
+
+The pool keeps the keys and values of all layers at full length: behind a window they are
+skipped, not given back.
 
 Riders (see `tensors.RiderSegment`) come behind all these rows and are read by none of them.
 Their tokens are drafts, so their bits need not be the same in every pass.
@@ -14,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,16 +64,32 @@ class SDPAAttention:
 
     Args:
         max_len: the longest sequence, in tokens.
+        windows: by layer, how many tokens a row sees, its own included; None for all. Nothing: no windows.
+        softcap: scores become softcap * tanh(score / softcap) (arXiv 2408.00118, section 2).
+
+    Attributes:
+        windows: the same for every layer, less the windows that no sequence outgrows.
     """
 
-    def __init__(self, pool: KVPool, num_heads: int, max_len: int, scale: float) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        num_heads: int,
+        max_len: int,
+        scale: float,
+        windows: Sequence[int | None] = (),
+        softcap: float | None = None,
+    ) -> None:
         self.pool = pool
         self.num_heads = num_heads
         self.num_kv_heads, self.head_dim = pool.keys.shape[2:]
         self.group = num_heads // self.num_kv_heads
         self.scale = scale
+        self.softcap = softcap
+        layers = windows or [None] * len(pool.keys)
+        self.windows = [None if window is None or window >= max_len else window for window in layers]
         self._max_base = -(-max_len // pool.block_size) * pool.block_size
-        self._mask = self._mask_table()
+        self._masks = {window: self._mask_table(window) for window in dict.fromkeys(self.windows)}
         self.multiple = self._measure_multiple()
 
     @property
@@ -85,35 +105,71 @@ class SDPAAttention:
     ) -> PassAttention:
         return _SDPAPass(self, segments, slots, riders, first_draft)
 
-    def mask(self, position: int, rows: int) -> Tensor:
-        """Additive causal mask [rows * group, slots] of `rows` rows from `position` on.
+    def first_block(self, position: int, window: int | None) -> int:
+        """The first of the blocks that a row reads: the same for all rows of a block."""
+        if window is None:
+            return 0
+        size = self.pool.block_size
+        return max(0, position // size * size - window + 1) // size
 
-        Slots end with the block of `position`. A view: column x of the table stands for
-        slot x - (max_base - base), row r for offset r within the block.
+    def mask(self, position: int, rows: int, window: int | None = None) -> Tensor:
+        """Additive mask [rows * group, slots] of `rows` rows from `position` on.
+
+        Slots begin with the block `first_block` and end with that of `position`. A view: the
+        columns of the table end like them, row r stands for offset r within the block.
         """
-        offset = position % self.pool.block_size
-        base = position - offset
-        return self._mask[offset * self.group : (offset + rows) * self.group, self._max_base - base :]
+        size, table = self.pool.block_size, self._masks[window]
+        offset = position % size
+        slots = (position // size + 1 - self.first_block(position, window)) * size
+        return table[offset * self.group : (offset + rows) * self.group, table.shape[1] - slots :]
 
-    def rider_mask(self, riders: RiderSegment) -> Tensor:
-        """Additive mask [riders * group, slots]. What precedes the ridden rows is seen by all."""
+    def rider_mask(self, riders: RiderSegment, window: int | None = None) -> Tensor:
+        """Additive mask [riders * group, slots]. What precedes the ridden rows is seen by all, within the window."""
         size, keys = self.pool.block_size, self.pool.keys
         near = _ancestor_mask(riders.num_ridden, riders.width, size, self.group, keys.dtype, keys.device)
         slots = len(riders.table) * size
-        return F.pad(near[:, : slots - riders.position], (riders.position, 0))
+        mask = F.pad(near[:, : slots - riders.position], (riders.position, 0))
+        end = riders.position + riders.num_ridden
+        if window is None or end + riders.width <= window:
+            return mask
+        rows = torch.arange(riders.num_ridden, device=keys.device)[:, None]
+        own = (riders.position + 1 + rows + torch.arange(riders.width, device=keys.device)).flatten()
+        positions = torch.cat((torch.arange(end, device=keys.device), own))
+        hidden = positions <= own[:, None] - window
+        hidden = F.pad(hidden, (0, slots - hidden.shape[1])).repeat_interleave(self.group, dim=0)
+        return mask.masked_fill(hidden, float("-inf"))
+
+    def part(self, segment: Segment, window: int | None) -> _Part:
+        """What one segment is to the layers with a window."""
+        rows = -(-segment.num_rows // self.multiple) * self.multiple
+        return _Part(
+            slice(segment.row * self.group, (segment.row + segment.num_rows) * self.group),
+            slice(segment.row * self.group, (segment.row + rows) * self.group),
+            self.pool.locate(segment.table[self.first_block(segment.position, window) :]),
+            self.mask(segment.position, rows, window),
+        )
+
+    def rider_part(self, riders: RiderSegment, window: int | None) -> _Part:
+        own = slice(riders.row * self.group, (riders.row + riders.num_rows) * self.group)
+        return _Part(own, own, self.pool.locate(riders.table), self.rider_mask(riders, window))
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """queries [1, kv_heads, rows * group, head_dim]; keys, values [1, kv_heads, slots, head_dim]."""
+        if self.softcap is not None:
+            return capped_attention(queries, keys, values, mask, self.scale, self.softcap)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
 
-    def _mask_table(self) -> Tensor:
+    def _mask_table(self, window: int | None) -> Tensor:
         size, device = self.pool.block_size, self.pool.keys.device
-        # Padding rows may reach past the block's last row; they see every slot.
-        row = torch.arange(size + max(MULTIPLES), device=device)[:, None]
-        column = torch.arange(self._max_base + size, device=device)[None, :]
-        mask = torch.zeros(len(row), column.shape[1], dtype=self.pool.keys.dtype, device=device)
-        mask.masked_fill_(column > self._max_base + row, float("-inf"))
-        return mask.repeat_interleave(self.group, dim=0)
+        # Padding rows may reach past the block's last row; they see what that sees.
+        row = torch.arange(size + max(MULTIPLES), device=device).clamp(max=size - 1)[:, None]
+        before = self._max_base if window is None else -(-(window - 1) // size) * size
+        column = torch.arange(-before, size, device=device)
+        hidden = column > row
+        if window is not None:
+            hidden |= column <= row - window
+        mask = torch.zeros(hidden.shape, dtype=self.pool.keys.dtype, device=device)
+        return mask.masked_fill_(hidden, float("-inf")).repeat_interleave(self.group, dim=0)
 
     def _measure_multiple(self) -> int:
         """The smallest multiple of rows for which every row comes out the same, to the bit."""
@@ -122,7 +178,13 @@ class SDPAAttention:
         size = self.pool.block_size
         # Every length a few blocks long, then some: kernels change with the length, too.
         lengths = [blocks * size for blocks in (*range(1, 9), 12, 16, 24, 33, 64) if blocks * size <= self._max_base]
-        probes = [probe for length in lengths for probe in self._probes(length)]
+        probes = [
+            (table, *probe)
+            for table in self._masks.values()
+            for length in lengths
+            for probe in self._probes(length)
+            if probe[1].shape[2] <= table.shape[1]
+        ]
         for multiple in MULTIPLES:
             if all(self._rows_agree(multiple, *probe) for probe in probes):
                 return multiple
@@ -151,14 +213,14 @@ class SDPAAttention:
         flat = (torch.zeros_like(queries), torch.cat((keys[:, :, :-size], keys), 2), balanced)
         return [crossed, flat] if balanced.shape[2] <= self._max_base else [crossed]
 
-    def _rows_agree(self, multiple: int, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    def _rows_agree(self, multiple: int, table: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
         """Whether runs of `multiple` rows from anywhere, and of its multiples, agree with a whole block."""
         size, group = self.pool.block_size, self.group
 
         def attend(start: int, count: int) -> Tensor:
             part = slice(start * group, (start + count) * group)
-            mask = self.mask(keys.shape[2] - size + start, count)
-            return self.attend(queries[:, :, part], keys, values, mask)[:, :, : (size - start) * group]
+            out = self.attend(queries[:, :, part], keys, values, table[part, -keys.shape[2] :])
+            return out[:, :, : (size - start) * group]
 
         whole = attend(0, size)
         runs = [(start, multiple) for start in range(size)] + [(0, n) for n in range(multiple, size + 1, multiple)]
@@ -166,6 +228,17 @@ class SDPAAttention:
             torch.equal(attend(start, count), whole[:, :, start * group : (start + count) * group])
             for start, count in runs
         )
+
+
+class _Part(NamedTuple):
+    """Rows that are attended for at once. Rows here are those of the product, heads of a group included."""
+
+    target: slice
+    source: slice
+    """The rows that are asked for and the padding behind them."""
+    where: slice | Tensor
+    """The slots that they read."""
+    mask: Tensor
 
 
 class _SDPAPass:
@@ -179,26 +252,19 @@ class _SDPAPass:
     ) -> None:
         self._backend = backend
         self._slots = slots
-        self._parts = []
-        for segment in segments:
-            rows = -(-segment.num_rows // backend.multiple) * backend.multiple
-            self._parts.append(
-                (
-                    slice(segment.row * backend.group, (segment.row + segment.num_rows) * backend.group),
-                    slice(segment.row * backend.group, (segment.row + rows) * backend.group),
-                    backend.pool.locate(segment.table),
-                    backend.mask(segment.position, rows),
-                )
-            )
-        for part in riders:
-            own = slice(part.row * backend.group, (part.row + part.num_rows) * backend.group)
-            self._parts.append((own, own, backend.pool.locate(part.table), backend.rider_mask(part)))
+        by_window = {
+            window: [backend.part(segment, window) for segment in segments]
+            + [backend.rider_part(segment, window) for segment in riders]
+            for window in dict.fromkeys(backend.windows)
+        }
+        self._parts = [by_window[window] for window in backend.windows]
         self._first_draft = first_draft
         # The usual step of a single client: one segment, padded, is the whole batch.
-        self._alone = len(self._parts) == 1 and self._parts[0][1] == slice(0, len(slots) * backend.group)
+        first = self._parts[0]
+        self._alone = len(first) == 1 and first[0].source == slice(0, len(slots) * backend.group)
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
-        backend = self._backend
+        backend, parts = self._backend, self._parts[layer]
         if self._first_draft is not None:
             # Others read these slots masked, which does not help against NaN; no adapter may break their rows.
             keys_values[self._first_draft :].nan_to_num_(0.0, 0.0, 0.0)
@@ -207,14 +273,25 @@ class _SDPAPass:
         rows, shape = len(queries), (-1, backend.num_kv_heads, backend.head_dim)
         folded = queries.reshape(shape).transpose(0, 1)[None]
         if self._alone:
-            (_, _, where, mask), *_ = self._parts
+            (_, _, where, mask), *_ = parts
             out = backend.attend(folded, *backend.pool.read(layer, where), mask).transpose(1, 2)
         else:
             out = queries.new_zeros(rows * backend.group, *shape[1:])
-            for target, source, where, mask in self._parts:
+            for target, source, where, mask in parts:
                 attended = backend.attend(folded[:, :, source], *backend.pool.read(layer, where), mask)
                 out[target] = attended[0].transpose(0, 1)[: target.stop - target.start]
         return out.reshape(rows, -1)
+
+
+def capped_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float
+) -> Tensor:
+    """`scaled_dot_product_attention` with softcapped scores (arXiv 2408.00118, section 2), which it does not offer.
+
+    queries [..., rows, head_dim]; keys, values [..., slots, head_dim]; mask [rows, slots], added. Softmax in float32.
+    """
+    scores = torch.tanh((queries @ keys.transpose(-1, -2)).float() * (scale / softcap)) * softcap + mask
+    return scores.softmax(-1).to(values.dtype) @ values
 
 
 @lru_cache(4)

@@ -80,7 +80,14 @@ def build(config: EngineConfig) -> Build:
         dtype,
         device,
     )
-    attention = SDPAAttention(pool, shape.num_attention_heads, max_model_len, shape.head_dim**-0.5)
+    attention = SDPAAttention(
+        pool,
+        shape.num_attention_heads,
+        max_model_len,
+        shape.attention_scale,
+        windows=shape.windows,
+        softcap=shape.attention_softcap,
+    )
     return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len, adapter)
 
 

@@ -123,12 +123,12 @@ class _Candidates:
         of_row = (columns if ids is None else ids[columns]).view(*hidden.shape[:2], -1)
         self._ids = of_row.unbind(1)
         self._rows = model.head_rows(of_row).unbind(1)  # [B, K, hidden_size] each
-        self._norm = model.model.norm
+        self._model = model
 
     def __call__(self, row: int, hidden: Tensor) -> Scored:
         """hidden [B, hidden_size], of row `row`, corrected."""
-        logits = torch.bmm(self._rows[row], self._norm(hidden)[:, :, None]).squeeze(-1)
-        return Scored(logits.float(), self._ids[row])
+        logits = torch.bmm(self._rows[row], self._model.normalise(hidden)[:, :, None]).squeeze(-1)
+        return Scored(self._model.cap(logits.float()), self._ids[row])
 
 
 class _Choice:

@@ -1,4 +1,7 @@
-"""One decoder for the Llama family, executing a plan of layers over flat rows.
+"""One decoder for the Llama family and its kin, executing a plan of layers over flat rows.
+
+What a family has beyond a Llama is a setting of `ModelConfig`; one that is not in use is left
+out when the module is built, so that it costs a step nothing.
 
 A pass is a `TokenBatch` of rows from any mix of sequences, a `Plan` that names the layers
 to run through, and the attention that knows where each row's past is cached. A draft is
@@ -10,9 +13,10 @@ trained. `pack` then replaces the matrices by fused ones laid out for inference.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,7 +30,7 @@ from skippy.engine.tensors import TokenBatch
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a Llama-family decoder, in Hugging Face's terms."""
+    """The shape of a decoder, in Hugging Face's terms where it has any. The defaults are Llama's."""
 
     vocab_size: int
     hidden_size: int
@@ -40,8 +44,53 @@ class ModelConfig:
     tie_word_embeddings: bool
     rope_parameters: Mapping[str, Any] = field(default_factory=dict)
     """rope_type, rope_theta and what the type needs; see `rope_tables`."""
+    local_rope_parameters: Mapping[str, Any] | None = None
+    """Of the layers with a window, where theirs differ."""
+    nope_layers: frozenset[int] = frozenset()
+    """Without a rotary embedding."""
+    sliding_window: int | None = None
+    """How many tokens a row of `sliding_layers` sees, its own included."""
+    sliding_layers: frozenset[int] = frozenset()
     attention_bias: bool = False
+    """Of queries, keys and values."""
+    attention_out_bias: bool = False
     mlp_bias: bool = False
+    activation: str = "silu"
+    """A name in ACTIVATIONS."""
+    norm_names: tuple[str | None, str | None, str | None, str | None] = (
+        "input_layernorm",
+        None,
+        "post_attention_layernorm",
+        None,
+    )
+    """What the norms before and behind attention, before and behind the MLP are called, if there are any."""
+    norm_offset: float = 0.0
+    """What a checkpoint leaves out of the weights of its norms."""
+    qk_norm: str | None = None
+    """Queries and keys are normalised: each "head" by itself, or "all" at once."""
+    query_scale: float | None = None
+    """Of the attention's scores; None for 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """Of what attention and MLP add."""
+    logit_scale: float = 1.0
+
+    @property
+    def attention_scale(self) -> float:
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements of a head are turned."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens a row sees, by layer; None for all."""
+        layers = range(self.num_hidden_layers)
+        return tuple(self.sliding_window if layer in self.sliding_layers else None for layer in layers)
 
 
 class LayerStep(NamedTuple):
@@ -89,38 +138,46 @@ class Adapter(Protocol):
         ...
 
 
-def rope_tables(config: ModelConfig, max_len: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of the rotary embedding (arXiv 2104.09864), [max_len, 1, head_dim].
+def rope_tables(
+    config: ModelConfig, rope: Mapping[str, Any], max_len: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin of a rotary embedding (arXiv 2104.09864), [max_len, 1, head_dim].
 
     In the half-split layout element i is rotated with i + head_dim / 2; the sign of the
-    rotation is folded into sin, so that rotating is x * cos + roll(x) * sin.
+    rotation is folded into sin, so that rotating is x * cos + roll(x) * sin. The elements that
+    a partial embedding leaves alone stand last in both halves, and are turned by nothing.
     """
-    inverse, scale = _inverse_frequencies(config)
+    inverse, scale = _inverse_frequencies(config, rope, max_len)
     angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inverse)
-    cos = torch.cat((angles.cos(), angles.cos()), -1) * scale
-    sin = torch.cat((-angles.sin(), angles.sin()), -1) * scale
-    return cos[:, None].to(device, dtype), sin[:, None].to(device, dtype)
+    idle = config.head_dim // 2 - len(inverse)
+    cos, sin = F.pad(angles.cos() * scale, (0, idle), value=1.0), F.pad(angles.sin() * scale, (0, idle))
+    return torch.cat((cos, cos), -1)[:, None].to(device, dtype), torch.cat((-sin, sin), -1)[:, None].to(device, dtype)
 
 
-def _inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """[head_dim / 2] float32 and the factor that scales cos and sin."""
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind == "default":
-        theta = float(config.rope_parameters.get("rope_theta", 10000.0))
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+def _inverse_frequencies(config: ModelConfig, rope: Mapping[str, Any], max_len: int) -> tuple[Tensor, float]:
+    """[rotary_dim / 2] float32 and the factor that scales cos and sin.
+
+    Scalings that depend on the length of a text are fixed by `max_len`, so that no key that is
+    cached is ever out of date: longrope takes its long factors if a text may exceed the original
+    length. "dynamic" scales beyond max_position_embeddings only, so here it does nothing.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "dynamic"):
+        theta, dim = float(rope.get("rope_theta", 10000.0)), config.rotary_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
         return 1.0 / theta**exponents, 1.0
     # Scaled kinds take their formulas from transformers, which is slow to import.
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     reference = LlamaConfig(
-        hidden_size=config.hidden_size,
+        hidden_size=config.num_attention_heads * config.head_dim,
         num_attention_heads=config.num_attention_heads,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(config.rope_parameters),
+        rope_parameters=dict(rope),
     )
-    inverse, scale = ROPE_INIT_FUNCTIONS[kind](reference, torch.device("cpu"))
+    inverse, scale = ROPE_INIT_FUNCTIONS[kind](reference, torch.device("cpu"), seq_len=max_len)
     return inverse.float(), float(scale)
 
 
@@ -163,19 +220,24 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
+            if self.weight.dtype != x.dtype:  # kept in float32
+                return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.by(x, self.weight)
+
+    def by(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x normalised along its last dimension, times a weight of any shape that suits it."""
         # On CPU rms_norm is twice as many operations, which is what a small model's step consists of.
         norm = torch.linalg.vector_norm(x, 2, -1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(torch.addcmul(self._eps, norm, norm, value=1 / x.shape[-1]))
-        return (x * scale * self.weight).to(x.dtype)
+        return (x * scale * weight).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
     """What the layers of one pass share."""
 
-    cos: Tensor  # [N, 1, head_dim]
-    sin: Tensor  # [N, 1, head_dim]
+    rotations: list[tuple[Tensor, Tensor]]  # cos and sin of the rows, [N, 1, head_dim] each, by rotary embedding
     attend: PassAttention
     adapter: Adapter | None
 
@@ -187,9 +249,9 @@ class _Pass:
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention. Query head h reads KV head h % num_kv_heads (see `weights`)."""
+    """Grouped-query attention. Query head h reads KV head h % num_kv_heads (see `families`)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -197,21 +259,51 @@ class SelfAttention(nn.Module):
         self.q_proj = nn.Linear(hidden, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden, bias=config.attention_out_bias)
         self.qkv = _Fused(self.q_proj, self.k_proj, self.v_proj)
         self.out = _Fused(self.o_proj)
+        local = config.local_rope_parameters is not None and layer in config.sliding_layers
+        self._rotation = None if layer in config.nope_layers else int(local)
+        self._qk_norm = config.qk_norm
+        if config.qk_norm is not None:
+            together = config.qk_norm == "all"
+            self.q_norm = RMSNorm(self.head_dim * (self.num_heads if together else 1), config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim * (self.num_kv_heads if together else 1), config.rms_norm_eps)
+        self._qk_weight: Tensor | None = None  # [heads + kv_heads, head_dim], once packed
+
+    def pack_norms(self) -> None:
+        """Let one norm do for queries and keys."""
+        if self._qk_norm == "head":
+            heads = self.q_norm.weight.expand(self.num_heads, -1), self.k_norm.weight.expand(self.num_kv_heads, -1)
+            self._qk_weight = torch.cat(heads).detach()
 
     def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
         qkv = shared.product(layer, "qkv", self.qkv, x).view(len(x), -1, self.head_dim)
-        unrotated = qkv[:, : -self.num_kv_heads]
-        turned = unrotated.roll(self.head_dim // 2, -1)
-        if torch.is_grad_enabled():
-            rotated = torch.addcmul(unrotated * shared.cos, turned, shared.sin)
-            qkv = torch.cat((rotated, qkv[:, -self.num_kv_heads :]), 1)
-        else:
-            torch.addcmul(unrotated * shared.cos, turned, shared.sin, out=unrotated)
+        before = after = qkv[:, : -self.num_kv_heads]
+        if self._qk_norm is not None:
+            after = self._normalise(before)
+        if self._rotation is not None:
+            cos, sin = shared.rotations[self._rotation]
+            turned = after.roll(self.head_dim // 2, -1)
+            if torch.is_grad_enabled():
+                after = torch.addcmul(after * cos, turned, sin)
+            else:
+                after = torch.addcmul(after * cos, turned, sin, out=before)
+        if after is not before:
+            qkv = torch.cat((after, qkv[:, -self.num_kv_heads :]), 1)
         attended = shared.attend(layer, qkv[:, : self.num_heads], qkv[:, self.num_heads :])
         return shared.product(layer, "o", self.out, attended)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """Queries and keys [N, heads + kv_heads, head_dim], normalised."""
+        if self._qk_weight is not None:
+            return self.q_norm.by(x, self._qk_weight)
+        q, k = torch.split(x, [self.num_heads, self.num_kv_heads], 1)
+        if self._qk_norm == "all":
+            q, k = self.q_norm(q.flatten(1)).view(q.shape), self.k_norm(k.flatten(1)).view(k.shape)
+        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return torch.cat((q, k), 1)
 
 
 class MLP(nn.Module):
@@ -223,23 +315,32 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
         self.gate_up = _Fused(self.gate_proj, self.up_proj)
         self.down = _Fused(self.down_proj)
+        self._activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
         gate, up = shared.product(layer, "gate_up", self.gate_up, x).chunk(2, dim=-1)
-        return shared.product(layer, "down", self.down, silu_rows(gate) * up)
+        return shared.product(layer, "down", self.down, by_rows(self._activation, gate) * up)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        names = config.norm_names
+        self._norms = [None if name is None else RMSNorm(config.hidden_size, config.rms_norm_eps) for name in names]
+        for name, norm in zip(names, self._norms, strict=True):
+            if name is not None:
+                self.add_module(name, norm)
+        self.self_attn = SelfAttention(config, layer)
         self.mlp = MLP(config)
+        multiplier = config.residual_multiplier
+        self._add = operator.add if multiplier == 1.0 else partial(torch.add, alpha=multiplier)
 
     def forward(self, x: Tensor, layer: int, shared: _Pass) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layer, shared)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x), layer, shared)
+        before_attention, behind_attention, before_mlp, behind_mlp = self._norms
+        y = self.self_attn(x if before_attention is None else before_attention(x), layer, shared)
+        x = self._add(x, y if behind_attention is None else behind_attention(y))
+        y = self.mlp(x if before_mlp is None else before_mlp(x), layer, shared)
+        out: Tensor = self._add(x, y if behind_mlp is None else behind_mlp(y))
         return out
 
 
@@ -249,7 +350,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -268,7 +369,10 @@ class CausalLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._multiplier = None
+        if config.embedding_multiplier != 1.0:
+            self._multiplier = torch.tensor(config.embedding_multiplier, device="cpu")
+        self._rope: list[tuple[Tensor, Tensor]] = []
         self._packed_head: tuple[RowLinear, ...] = ()
         self._draft_ids: Tensor | None = None  # [D] int64
         self._row_of_token: Tensor | None = None  # [V] int64, where the head was reordered
@@ -288,8 +392,8 @@ class CausalLM(nn.Module):
         layer in `taps` the hidden states that entered it.
         """
         x = self.embed(batch.token_ids) if adapter is None else adapter.embed(batch.token_ids, self.embed)
-        cos, sin = self._rope_tables(x)
-        shared = _Pass(cos[batch.positions], sin[batch.positions], attend, adapter)
+        rotations = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._rope_tables(x)]
+        shared = _Pass(rotations, attend, adapter)
         tapped: dict[int, Tensor] = {}
         for step in plan:
             if adapter is not None:
@@ -305,14 +409,19 @@ class CausalLM(nn.Module):
         return x, tapped
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[...] int64 to [..., hidden_size]."""
+        """What enters the first layer. [...] int64 to [..., hidden_size]."""
+        x = self._embedding_rows(token_ids)
+        # Rounded to the type of the embeddings, as the models were trained.
+        return x if self._multiplier is None else x * self._multiplier.to(x.dtype)
+
+    def _embedding_rows(self, token_ids: Tensor) -> Tensor:
         if self._embedding_reordered and self._row_of_token is not None:
             token_ids = self._row_of_token[token_ids]
         return F.embedding(token_ids, self.model.embed_tokens.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [M, hidden_size], M padded like a batch, to [M, vocabulary] float32."""
-        logits = self._head_product(self.model.norm(hidden), None)
+        logits = self._head_product(self.normalise(hidden), None)
         return logits if self._row_of_token is None else logits[:, self._row_of_token]
 
     def draft_logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -322,10 +431,22 @@ class CausalLM(nn.Module):
         """
         if self._draft_ids is None:
             return self.logits(hidden), None
-        return self._head_product(self.model.norm(hidden), len(self._draft_ids)), self._draft_ids
+        return self._head_product(self.normalise(hidden), len(self._draft_ids)), self._draft_ids
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """Last hidden states [..., hidden_size] to what meets the head."""
+        x: Tensor = self.model.norm(hidden)
+        return x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
+
+    def cap(self, logits: Tensor) -> Tensor:
+        """Products with the head to logits, of the same shape."""
+        return softcapped(logits, self.config.logit_softcap)
 
     def _head_product(self, x: Tensor, rows: int | None) -> Tensor:
-        """x [M, hidden_size], normalised, to the products with the first `rows` rows of the head, float32."""
+        """x [M, hidden_size], normalised, to the logits of the first `rows` rows of the head, float32."""
+        return self.cap(self._uncapped(x, rows))
+
+    def _uncapped(self, x: Tensor, rows: int | None) -> Tensor:
         if self._packed_head:
             parts = [part(x.float()) for part in (self._packed_head if rows is None else self._packed_head[:1])]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
@@ -346,14 +467,15 @@ class CausalLM(nn.Module):
 
     @cached_property
     def embedding_scale(self) -> float:
-        """1 / rms of all embeddings: what brings an embedding to about unit size."""
+        """1 / rms of all embeddings: what brings the output of `embed` to about unit size."""
         weight = self.model.embed_tokens.weight
-        return float(weight.numel() ** 0.5 / torch.linalg.vector_norm(weight, dtype=torch.float32))
+        rms = torch.linalg.vector_norm(weight, dtype=torch.float32) / weight.numel() ** 0.5
+        return 1.0 / float(rms * self.config.embedding_multiplier)
 
     def head_rows(self, token_ids: Tensor) -> Tensor:
         """The rows of the head that belong to some tokens. token_ids [...] to [..., hidden_size]."""
         if self.config.tie_word_embeddings:
-            return self.embed(token_ids)
+            return self._embedding_rows(token_ids)
         rows = token_ids if self._row_of_token is None else self._row_of_token[token_ids]
         return F.embedding(rows, self.lm_head.weight)
 
@@ -374,6 +496,7 @@ class CausalLM(nn.Module):
             assert isinstance(layer, DecoderLayer)
             fused = (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down)
             packed += [matrices.pack() for matrices in fused]
+            layer.self_attn.pack_norms()
         head = self.lm_head.weight.detach()[:vocab_size]
         sizes = [vocab_size]
         if draft_ids is not None:
@@ -401,17 +524,22 @@ class CausalLM(nn.Module):
         Raises:
             ArithmeticError, KeyError, TypeError, ValueError, RuntimeError: they are of no use.
         """
-        self._rope = rope_tables(self.config, self.max_len, dtype, device)
+        ropes = [self.config.rope_parameters, self.config.local_rope_parameters]
+        self._rope = [rope_tables(self.config, rope, self.max_len, dtype, device) for rope in ropes if rope is not None]
 
-    def _rope_tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        if self._rope is None or self._rope[0].dtype != like.dtype or self._rope[0].device != like.device:
+    def _rope_tables(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if not self._rope or self._rope[0][0].dtype != like.dtype or self._rope[0][0].device != like.device:
             self.prepare_rope(like.dtype, like.device)
-        assert self._rope is not None
         return self._rope
 
 
-def silu_rows(x: Tensor) -> Tensor:
-    """silu(x) with every row computed alike.
+def softcapped(x: Tensor, softcap: float | None) -> Tensor:
+    """x brought smoothly within softcap of 0 (arXiv 2408.00118, section 2); None leaves it as it is."""
+    return x if softcap is None else torch.tanh(x / softcap) * softcap
+
+
+def by_rows(activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """activation(x) with every row computed alike. x [N, features], a part of wider rows.
 
     On CPU PyTorch computes whole vectors with one approximation of exp and the tail of each
     thread's share with another, so where a thread's share ends would show in the result.
@@ -419,8 +547,14 @@ def silu_rows(x: Tensor) -> Tensor:
     with the next row.
     """
     if x.device.type != "cpu" or torch.is_grad_enabled():
-        return F.silu(x)
+        return activation(x)
     rows = max(1, 32768 // x.shape[-1])
     if len(x) <= rows:
-        return F.silu(x)
-    return torch.cat([F.silu(part) for part in torch.split(x, rows)])
+        return activation(x)
+    return torch.cat([activation(part) for part in torch.split(x, rows)])
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}

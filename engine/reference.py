@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from skippy.engine.model import CausalLM, full_plan
+from skippy.engine.model import CausalLM, ModelConfig, full_plan
 from skippy.engine.sampling import SamplingState, exponential, fold, noise_bits
 from skippy.engine.tensors import TokenBatch
 from skippy.engine.types import SamplingParams
@@ -22,15 +22,21 @@ from skippy.engine.types import SamplingParams
 class _DenseAttention:
     """Causal attention over the rows of one pass, which hold one whole sequence."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
-        del layer
+        config = self._config
         q = queries.transpose(0, 1)
         k, v = keys_values.transpose(0, 1).chunk(2)
         group = len(q) // len(k)
         k, v = k.repeat(group, 1, 1), v.repeat(group, 1, 1)
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+        scores = q @ k.transpose(1, 2) * config.attention_scale
+        if config.attention_softcap is not None:
+            scores = (scores / config.attention_softcap).tanh() * config.attention_softcap
+        ahead = torch.arange(len(queries)) - torch.arange(len(queries))[:, None]
+        seen = (ahead <= 0) & (ahead > -(config.windows[layer] or math.inf))
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         return (weights @ v).transpose(0, 1).reshape(len(queries), -1)
 
 
@@ -45,7 +51,7 @@ def reference_logits(model: CausalLM, tokens: Sequence[int]) -> Tensor:
         segments=[],
         logit_rows=torch.arange(count),
     )
-    hidden, _ = model(batch, full_plan(model.config), _DenseAttention())
+    hidden, _ = model(batch, full_plan(model.config), _DenseAttention(model.config))
     return model.logits(hidden)
 
 

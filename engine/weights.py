@@ -15,17 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from skippy.engine.config import BUILTIN_MODEL
 from skippy.engine.errors import CheckpointError
+from skippy.engine.families import FAMILIES, architecture, parameter_names, parameters, parse_config, text_config
 from skippy.engine.model import CausalLM, ModelConfig
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+UNUSABLE = (ArithmeticError, KeyError, TypeError, ValueError)
+"""What reading a configuration of no use raises."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,19 +59,18 @@ def open_checkpoint(model: str) -> Checkpoint:
     """
     path = resolve(model)
     raw = _read_json(path / "config.json", required=True)
-    architectures = raw.get("architectures")
-    architecture = architectures[0] if isinstance(architectures, list) and architectures else "?"
-    if architecture not in ARCHITECTURES:
+    if architecture(raw) not in FAMILIES:
         raise CheckpointError(
-            f"{path} holds a {architecture}, which is not supported; supported: {', '.join(ARCHITECTURES)}."
+            f"{path} holds a {architecture(raw)}, which is not supported; supported: {', '.join(FAMILIES)}."
         )
     generation = _read_json(path / "generation_config.json", required=False)
     tokens = _tokenizer_size(path)
     try:
         config = parse_config(raw)
         vocab_size = min(config.vocab_size, tokens or config.vocab_size)
-        eos = _ids(raw.get("eos_token_id"), generation.get("eos_token_id"))
-        bos = _ids(raw.get("bos_token_id"))
+        text = text_config(raw)
+        eos = _ids(raw.get("eos_token_id"), text.get("eos_token_id"), generation.get("eos_token_id"))
+        bos = _ids(text.get("bos_token_id"))
         return Checkpoint(
             path=path,
             config=config,
@@ -86,49 +79,8 @@ def open_checkpoint(model: str) -> Checkpoint:
             eos_token_ids=tuple(token for token in eos if 0 <= token < vocab_size),
             vocab_size=vocab_size,
         )
-    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+    except UNUSABLE as error:
         raise CheckpointError(f"{path / 'config.json'} is not a usable configuration: {error!r}.") from error
-
-
-def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """config.json of transformers 4 or 5 to a ModelConfig.
-
-    Raises:
-        KeyError: a size is missing.
-        ValueError: a setting is not supported.
-    """
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported")
-    rope = dict(raw.get("rope_parameters") or {})
-    if not rope:
-        rope = dict(raw.get("rope_scaling") or {})
-        rope["rope_theta"] = raw.get("rope_theta", 10000.0)
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported")
-    for name in SIZES:
-        if int(raw[name]) < 1:
-            raise ValueError(f"{name} is {raw[name]}")
-    config = ModelConfig(
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=int(raw["hidden_size"]),
-        intermediate_size=int(raw["intermediate_size"]),
-        num_hidden_layers=int(raw["num_hidden_layers"]),
-        num_attention_heads=int(raw["num_attention_heads"]),
-        num_key_value_heads=int(raw.get("num_key_value_heads") or raw["num_attention_heads"]),
-        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // int(raw["num_attention_heads"])),
-        max_position_embeddings=int(raw["max_position_embeddings"]),
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        rope_parameters=rope,
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-    )
-    if config.num_key_value_heads < 1 or config.head_dim < 2 or config.head_dim % 2:
-        raise ValueError(f"num_key_value_heads is {config.num_key_value_heads}, head_dim is {config.head_dim}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
-    return config
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_len: int) -> CausalLM:
@@ -153,7 +105,6 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
             )
     if checkpoint.config.tie_word_embeddings:
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
-    _spread_heads(loaded, checkpoint.config)
     model.load_state_dict(loaded, assign=True)
     try:
         model.prepare_rope(dtype, device)
@@ -174,34 +125,22 @@ def _read_tensors(
         try:
             with safe_open(file, framework="pt", device=str(device)) as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if name in wanted:
+                    names = parameter_names(name)
+                    if names and all(part in wanted for part in names):
                         tensor = shard.get_tensor(name)
                         if not tensor.is_floating_point():
                             raise CheckpointError(
                                 f"{file} holds {name!r} as {tensor.dtype}: quantised, in an unknown way."
                             )
-                        loaded[name] = tensor.to(dtype)
-                        file_of[name] = file
-                    elif not _ignorable(name, checkpoint):
-                        raise CheckpointError(f"{file} holds {name!r}, which no Llama model has: is it another family?")
+                        for part, value in parameters(name, tensor.to(dtype), checkpoint.config):
+                            loaded[part], file_of[part] = value, file
+                    elif names and not _ignorable(names[0], checkpoint):
+                        raise CheckpointError(
+                            f"{file} holds {name!r}, which no model of this configuration has: is it of another kind?"
+                        )
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}. Is the download complete?") from error
     return loaded, file_of
-
-
-def _spread_heads(tensors: dict[str, torch.Tensor], config: ModelConfig) -> None:
-    """Reorder query heads from h // group == KV head to h % num_kv_heads == KV head.
-
-    So the query heads of one KV head can be read as rows of one product without a copy.
-    The function that the layer computes stays the same.
-    """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    order = torch.arange(heads).view(kv_heads, heads // kv_heads).t().flatten()
-    for name, tensor in tensors.items():
-        if ".self_attn.q_proj." in name:
-            tensors[name] = tensor.view(heads, -1, *tensor.shape[1:])[order.to(tensor.device)].flatten(0, 1)
-        elif name.endswith(".self_attn.o_proj.weight"):
-            tensors[name] = tensor.view(len(tensor), heads, -1)[:, order.to(tensor.device)].flatten(1)
 
 
 def _ignorable(name: str, checkpoint: Checkpoint) -> bool:

@@ -73,12 +73,13 @@ def requests(params: SamplingParams, drafter: str, widths: Sequence[int] = (4,))
 Answers = dict[str, dict[tuple[str, int], list[int]]]
 
 
-def reference_answers(folder: Path) -> Answers:
+def reference_answers(folder: Path, modes: Sequence[str] = tuple(MODES)) -> Answers:
     """What the naive reference emits, by mode and choice; none of it by a near tie."""
     checkpoint = open_checkpoint(str(folder))
     naive = load_model(checkpoint, torch.float32, torch.device("cpu"), checkpoint.config.max_position_embeddings)
     answers: Answers = {}
-    for mode, params in MODES.items():
+    for mode in modes:
+        params = MODES[mode]
         answers[mode] = {}
         for request in requests(params, "none"):
             for index in range(request.n):

@@ -21,8 +21,9 @@ from skippy.engine.adapter import (
     named_sizes,
     part_shapes,
 )
+from skippy.engine.families import parse_config
 from skippy.engine.model import CausalLM, ModelConfig
-from skippy.engine.weights import load_model, open_checkpoint, parse_config
+from skippy.engine.weights import load_model, open_checkpoint
 
 BASE = parse_config(TINY_CONFIG)
 HIDDEN = BASE.hidden_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,18 @@ GROUPS = [1, 2, 4]
 DTYPES = [torch.float32, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 groups = pytest.mark.parametrize("group", GROUPS)
+
+
+class Kind(NamedTuple):
+    """What a row sees, and how its scores are bent."""
+
+    window: int | None = None
+    softcap: float | None = None
+
+
+PLAIN = Kind()
+KINDS = [PLAIN, Kind(window=11), Kind(window=BLOCK), Kind(softcap=2.0), Kind(window=27, softcap=2.0)]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=["plain", "window", "window of a block", "softcap", "both"])
 
 
 @dataclass
@@ -38,14 +51,17 @@ class Past:
         )
         return Past(queries, keys, values)
 
-    def attend(self, start: int, stop: int) -> Tensor:
+    def attend(self, start: int, stop: int, kind: Kind = PLAIN) -> Tensor:
         """What rows start..stop should come to, [stop - start, heads * dim] float64."""
         group = self.queries.shape[1] // KV_HEADS
         q = self.queries[start:stop].double()
         k, v = (t[:stop].double().repeat(1, group, 1) for t in (self.keys, self.values))
         scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(DIM)
-        future = torch.arange(stop)[None, :] > torch.arange(start, stop)[:, None]
-        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        if kind.softcap is not None:
+            scores = (scores / kind.softcap).tanh() * kind.softcap
+        ahead = torch.arange(stop)[None, :] - torch.arange(start, stop)[:, None]
+        hidden = (ahead > 0) | (ahead <= -(kind.window or math.inf))
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
@@ -62,10 +78,12 @@ class Piece:
 class Bench:
     """A pool, the attention over it, and passes of pieces of sequences."""
 
-    def __init__(self, group: int, dtype: torch.dtype = torch.float32) -> None:
-        self.group, self.dtype = group, dtype
+    def __init__(self, group: int, dtype: torch.dtype = torch.float32, kind: Kind = PLAIN) -> None:
+        self.group, self.dtype, self.kind = group, dtype, kind
         self.pool = KVPool(1, NUM_BLOCKS, BLOCK, KV_HEADS, DIM, dtype, torch.device("cpu"))
-        self.attention = SDPAAttention(self.pool, KV_HEADS * group, MAX_LEN, DIM**-0.5)
+        self.attention = SDPAAttention(
+            self.pool, KV_HEADS * group, MAX_LEN, DIM**-0.5, windows=[kind.window], softcap=kind.softcap
+        )
 
     def past(self, length: int, seed: int = 0) -> Past:
         return Past.random(length, self.group, self.dtype, seed)
@@ -98,44 +116,50 @@ class Bench:
 
 
 class TestAgainstDense:
+    @kinds
     @groups
     @pytest.mark.parametrize(
         ("start", "stop"), [(0, 1), (0, 5), (0, 50), (7, 8), (8, 9), (6, 19), (31, 34), (49, 50), (0, MAX_LEN)]
     )
-    def test_rows_attend_to_all_that_precedes(self, group: int, start: int, stop: int) -> None:
-        bench = Bench(group)
+    def test_rows_attend_to_all_that_precedes(self, group: int, kind: Kind, start: int, stop: int) -> None:
+        bench = Bench(group, kind=kind)
         past, table = bench.past(MAX_LEN), list(range(3, 3 + MAX_LEN // BLOCK))
         bench.cache(past, table, start)
         (out,) = bench.run(Piece(past, table, start, stop))
-        torch.testing.assert_close(out.double(), past.attend(start, stop), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.double(), past.attend(start, stop, kind), rtol=1e-5, atol=1e-5)
 
+    @kinds
     @groups
-    def test_many_sequences_share_a_pass(self, group: int) -> None:
-        bench = Bench(group)
+    def test_many_sequences_share_a_pass(self, group: int, kind: Kind) -> None:
+        bench = Bench(group, kind=kind)
         pieces = []
         for seed, (start, stop) in enumerate([(0, 20), (5, 6), (0, 1), (23, 33), (39, 40)]):
             past, table = bench.past(stop, seed), list(range(seed * 6, seed * 6 + 6))
             bench.cache(past, table, start)
             pieces.append(Piece(past, table, start, stop))
         for piece, out in zip(pieces, bench.run(*pieces), strict=True):
-            torch.testing.assert_close(out.double(), piece.past.attend(piece.start, piece.stop), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                out.double(), piece.past.attend(piece.start, piece.stop, kind), rtol=1e-5, atol=1e-5
+            )
 
+    @kinds
     @groups
-    def test_bfloat16_is_near(self, group: int) -> None:
-        bench = Bench(group, torch.bfloat16)
+    def test_bfloat16_is_near(self, group: int, kind: Kind) -> None:
+        bench = Bench(group, torch.bfloat16, kind)
         past, table = bench.past(50), list(range(7))
         bench.cache(past, table, 30)
         (out,) = bench.run(Piece(past, table, 30, 50))
-        torch.testing.assert_close(out.double(), past.attend(30, 50), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(out.double(), past.attend(30, 50, kind), rtol=2e-2, atol=2e-2)
 
 
 class TestBits:
     """The result of a row depends on its own past and nothing else."""
 
     @dtypes
+    @kinds
     @groups
-    def test_scattered_blocks_equal_neighbouring_ones(self, group: int, dtype: torch.dtype) -> None:
-        bench = Bench(group, dtype)
+    def test_scattered_blocks_equal_neighbouring_ones(self, group: int, dtype: torch.dtype, kind: Kind) -> None:
+        bench = Bench(group, dtype, kind)
         past = bench.past(45)
         outputs = []
         for table in ([0, 1, 2, 3, 4, 5], [11, 7, 30, 9, 8, 20], [39, 38, 37, 36, 35, 34]):
@@ -146,9 +170,10 @@ class TestBits:
         assert torch.equal(outputs[0], outputs[2])
 
     @dtypes
+    @kinds
     @groups
-    def test_rows_at_once_equal_rows_one_by_one(self, group: int, dtype: torch.dtype) -> None:
-        bench = Bench(group, dtype)
+    def test_rows_at_once_equal_rows_one_by_one(self, group: int, dtype: torch.dtype, kind: Kind) -> None:
+        bench = Bench(group, dtype, kind)
         past, table = bench.past(70), list(range(9))
         singles = []
         for position in range(70):
@@ -160,9 +185,10 @@ class TestBits:
             assert torch.equal(out, alone[start:stop]), f"rows {start} to {stop}"
 
     @dtypes
+    @kinds
     @groups
-    def test_neighbours_do_not_show(self, group: int, dtype: torch.dtype) -> None:
-        bench = Bench(group, dtype)
+    def test_neighbours_do_not_show(self, group: int, dtype: torch.dtype, kind: Kind) -> None:
+        bench = Bench(group, dtype, kind)
         past, table = bench.past(30), [0, 1, 2, 3]
         bench.cache(past, table, 29)
         probe = Piece(past, table, 29, 30)
@@ -177,9 +203,10 @@ class TestBits:
             assert torch.equal(outs[len(before)], alone), f"{count} neighbours"
 
     @dtypes
+    @kinds
     @groups
-    def test_nan_of_another_sequence_does_not_leak(self, group: int, dtype: torch.dtype) -> None:
-        bench = Bench(group, dtype)
+    def test_nan_of_another_sequence_does_not_leak(self, group: int, dtype: torch.dtype, kind: Kind) -> None:
+        bench = Bench(group, dtype, kind)
         past, table = bench.past(20), [5, 6, 9]
         bench.cache(past, table, 19)
         probe = Piece(past, table, 19, 20)
@@ -195,9 +222,10 @@ class TestBits:
         assert torch.equal(later, clean)
 
     @dtypes
+    @kinds
     @groups
-    def test_what_lies_beyond_a_row_does_not_show(self, group: int, dtype: torch.dtype) -> None:
-        bench = Bench(group, dtype)
+    def test_what_lies_beyond_a_row_does_not_show(self, group: int, dtype: torch.dtype, kind: Kind) -> None:
+        bench = Bench(group, dtype, kind)
         past, table = bench.past(20), [0, 1, 2]
         bench.cache(past, table, 17)
         (fresh,) = bench.run(Piece(past, table, 17, 18))
@@ -209,13 +237,14 @@ class TestBits:
 
 class TestMeasure:
     @dtypes
+    @pytest.mark.parametrize("softcap", [None, 50.0])
     @pytest.mark.parametrize(("kv_heads", "group", "dim", "block"), [(2, 2, 16, 8), (2, 2, 64, 32), (4, 1, 64, 16)])
     def test_bfloat16_does_not_hide_the_order_of_summation(
-        self, *, kv_heads: int, group: int, dim: int, block: int, dtype: torch.dtype
+        self, *, kv_heads: int, group: int, dim: int, block: int, softcap: float | None, dtype: torch.dtype
     ) -> None:
         """Scores that are all due to be 0, magnified: what comes out is how they were summed."""
         pool = KVPool(1, 4, block, kv_heads, dim, dtype, torch.device("cpu"))
-        attention = SDPAAttention(pool, kv_heads * group, 4 * block, dim**-0.5)
+        attention = SDPAAttention(pool, kv_heads * group, 4 * block, dim**-0.5, softcap=softcap)
         generator = torch.Generator().manual_seed(5)
         rows = block + attention.slack_rows
         part = torch.randn(1, kv_heads, rows * group, dim // 2, generator=generator).to(dtype) * 512
@@ -247,19 +276,52 @@ class TestMask:
             assert ((mask == 0) | (mask == -math.inf)).all()
 
     @groups
+    @pytest.mark.parametrize("window", [1, 5, BLOCK, BLOCK + 1, 20])
+    def test_a_window_hides_what_lies_before_it(self, group: int, window: int) -> None:
+        attention = Bench(group, kind=Kind(window=window)).attention
+        for position in (0, 3, BLOCK - 1, BLOCK, 21, MAX_LEN - 1):
+            rows = BLOCK - position % BLOCK
+            first = attention.first_block(position, window) * BLOCK
+            mask = attention.mask(position, rows, window)
+            assert mask.shape == (rows * group, (position // BLOCK + 1) * BLOCK - first)
+            for row in range(rows):
+                for head in range(group):
+                    seen = (first + (mask[row * group + head] == 0).nonzero().flatten()).tolist()
+                    end = position + row
+                    assert seen == list(range(max(0, end - window + 1), end + 1))
+
+    @pytest.mark.parametrize("window", [1, 5, BLOCK, BLOCK + 1, 20])
+    def test_rows_of_a_block_read_the_same_blocks(self, window: int) -> None:
+        """Else what a row reads would depend on which rows of its block share the pass."""
+        attention = Bench(1, kind=Kind(window=window)).attention
+        for position in range(MAX_LEN):
+            start = position - position % BLOCK
+            first = attention.first_block(position, window)
+            assert first == attention.first_block(start, window)
+            assert first * BLOCK <= max(0, start - window + 1) < (first + 1) * BLOCK, "no block is read for nothing"
+
+    def test_windows_that_no_sequence_outgrows_are_dropped(self) -> None:
+        assert Bench(1, kind=Kind(window=MAX_LEN)).attention.windows == [None]
+        assert Bench(1, kind=Kind(window=MAX_LEN - 1)).attention.windows == [MAX_LEN - 1]
+
+    @groups
+    @pytest.mark.parametrize("window", [None, 3, 6, 20])
     @pytest.mark.parametrize(("position", "ridden", "width"), [(0, 1, 1), (5, 3, 2), (7, 1, 4), (8, 2, 3), (30, 9, 8)])
     def test_a_rider_sees_what_its_row_sees_and_its_own_before_it(
-        self, group: int, position: int, ridden: int, width: int
+        self, *, group: int, window: int | None, position: int, ridden: int, width: int
     ) -> None:
         attention = Bench(group).attention
         blocks = -(-(position + ridden * (1 + width)) // BLOCK)
-        mask = attention.rider_mask(RiderSegment(0, width, ridden, position, list(range(blocks))))
+        mask = attention.rider_mask(RiderSegment(0, width, ridden, position, list(range(blocks))), window)
         assert ((mask == 0) | (mask == -math.inf)).all()
         seen = (mask == 0).view(ridden, width, group, blocks * BLOCK)
         for row in range(ridden):
             for place in range(width):
                 own = position + ridden + row * width
-                wanted = {*range(position + row + 1), *range(own, own + place + 1)}
+                at = position + row + 1 + place  # what it stands for
+                first = 0 if window is None else max(0, at - window + 1)
+                wanted = {*range(first, position + row + 1)}
+                wanted |= {own + other for other in range(place + 1) if position + row + 1 + other >= first}
                 for head in range(group):
                     assert set(seen[row, place, head].nonzero().flatten().tolist()) == wanted
 

@@ -41,6 +41,8 @@ FORBIDDEN = [
         (f"skippy.engine.{name}", ("skippy.engine.adapter", "skippy.engine.adapter_files", "skippy.engine.chain"), ())
         for name in ("model", "runner", "attention", "sampling")
     ),
+    # How a configuration reads is known before anything is loaded.
+    ("skippy.engine.families", ("skippy.engine.weights", "skippy.engine.build", "transformers"), ()),
     ("skippy.engine.adapter", ("skippy.engine.runner", "skippy.engine.kv", "skippy.engine.adapter_files"), ()),
     # A draft pass and a chain of tokens are one drafter's business, and its training's.
     ("skippy", ("skippy.engine.chain",), ("skippy.engine.drafters.s3d", "skippy.engine.training")),

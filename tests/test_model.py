@@ -14,11 +14,12 @@ from transformers import LlamaForCausalLM
 
 from skippy.engine import EngineConfig
 from skippy.engine.build import build
+from skippy.engine.families import parse_config
 from skippy.engine.model import full_plan, rope_tables, skipping_plan
 from skippy.engine.reference import reference_logits
 from skippy.engine.runner import Rows
 from skippy.engine.tensors import TokenBatch
-from skippy.engine.weights import load_model, open_checkpoint, parse_config
+from skippy.engine.weights import load_model, open_checkpoint
 
 CPU = torch.device("cpu")
 TEXT = torch.randint(TINY_CONFIG["vocab_size"], (150,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -175,7 +176,7 @@ class TestModule:
 
     def test_rotary_tables_turn_nothing_at_position_nought(self) -> None:
         config = parse_config(TINY_CONFIG)
-        cos, sin = rope_tables(config, 16, torch.float32, CPU)
+        cos, sin = rope_tables(config, config.rope_parameters, 16, torch.float32, CPU)
         assert cos.shape == sin.shape == (16, 1, config.head_dim)
         assert (cos[0] == 1).all()
         assert (sin[0] == 0).all()

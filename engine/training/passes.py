@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.model import CausalLM, full_plan, skipping_plan
+from skippy.engine.attention import capped_attention
+from skippy.engine.model import CausalLM, ModelConfig, full_plan, skipping_plan, softcapped
 from skippy.engine.tensors import TokenBatch
 
 
@@ -33,7 +34,7 @@ class Teaching:
 def teach(model: CausalLM, adapter: S3DAdapter, tokens: Tensor) -> Teaching:
     """Run the plain model. tokens [B, T] int64."""
     shape = batch, length = tokens.shape
-    attend = _CausalAttention(batch, length, set(adapter.kept))
+    attend = _CausalAttention(model.config, batch, length, set(adapter.kept))
     start, end = adapter.config.skip_start, adapter.config.skip_end
     positions = torch.arange(length, device=tokens.device).repeat(batch)
     hidden, taps = model(_token_batch(tokens, positions), full_plan(model.config), attend, taps={start, end})
@@ -55,7 +56,7 @@ def draft_rows(model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors
     positions = anchors[:, :, None] + torch.arange(width, device=anchors.device)
     sequence = torch.arange(batch, device=anchors.device)[:, None]
     context = teaching.context[sequence, anchors - 1].repeat_interleave(width, 1).flatten(0, 1)
-    attend = _AnchorAttention(teaching, anchors, width)
+    attend = _AnchorAttention(model.config, teaching, anchors, width)
     plan = skipping_plan(model.config, adapter.config.skip_start, adapter.config.skip_end)
     hidden: Tensor = model(_token_batch(tokens, positions.flatten()), plan, attend, adapter.bind(context))[0]
     return hidden.view(batch, count, width, -1)
@@ -69,8 +70,10 @@ def _token_batch(tokens: Tensor, positions: Tensor) -> TokenBatch:
 class _CausalAttention:
     """Of the teacher: causal within each sequence. Keeps the keys and values of some layers."""
 
-    def __init__(self, batch: int, length: int, keep: set[int]) -> None:
+    def __init__(self, config: ModelConfig, batch: int, length: int, keep: set[int]) -> None:
         self.cached: dict[int, Tensor] = {}
+        self._scale, self._softcap = config.attention_scale, config.attention_softcap
+        self._windows = config.windows
         self._shape = (batch, length)
         self._keep = keep
 
@@ -81,10 +84,21 @@ class _CausalAttention:
         queries = queries.view(*self._shape, *queries.shape[1:]).transpose(1, 2)
         keys, values = keys_values.transpose(1, 2).chunk(2, 1)
         group = queries.shape[1] // keys.shape[1]  # query head h reads KV head h % kv_heads
-        out = F.scaled_dot_product_attention(
-            queries, keys.repeat(1, group, 1, 1), values.repeat(1, group, 1, 1), is_causal=True
-        )
+        keys, values = keys.repeat(1, group, 1, 1), values.repeat(1, group, 1, 1)
+        out = self._attend(queries, keys, values, self._windows[layer])
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """All three [B, heads, T, head_dim]."""
+        length = queries.shape[2]
+        if self._softcap is None and (window is None or window >= length):
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=self._scale)
+        hidden = torch.ones(length, length, dtype=torch.bool, device=queries.device)
+        hidden = hidden.triu(1) if window is None else hidden.triu(1) | hidden.tril(-window)
+        mask = torch.zeros(hidden.shape, dtype=queries.dtype, device=queries.device).masked_fill(hidden, float("-inf"))
+        if self._softcap is None:
+            return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self._scale)
+        return capped_attention(queries, keys, values, mask, self._scale, self._softcap)
 
 
 class _AnchorAttention:
@@ -94,13 +108,22 @@ class _AnchorAttention:
     and be three times as slow.
     """
 
-    def __init__(self, teaching: Teaching, anchors: Tensor, width: int) -> None:
+    def __init__(self, config: ModelConfig, teaching: Teaching, anchors: Tensor, width: int) -> None:
         self._teaching = teaching
+        self._config = config
         self._shape = (*anchors.shape, width)
-        device, length = anchors.device, teaching.tokens.shape[1]
-        before = torch.arange(length, device=device) < anchors[:, :, None]
-        self._hidden_past = ~before[:, None, :, None, None]  # [B, 1, A, 1, 1, T]
-        self._hidden_rows = torch.ones(width, width, dtype=torch.bool, device=device).triu(1)
+        self._hidden = {window: self._hide(anchors, window) for window in config.windows}
+
+    def _hide(self, anchors: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """What the rows do not see of what precedes, [B, 1, A, 1, 1 or G, T], and of one another, [G, G]."""
+        width, device = self._shape[-1], anchors.device
+        past = torch.arange(self._teaching.tokens.shape[1], device=device)
+        rows = torch.ones(width, width, dtype=torch.bool, device=device)
+        anchors = anchors[:, None, :, None, None, None]
+        if window is None:
+            return past >= anchors, rows.triu(1)
+        own = anchors + torch.arange(width, device=device)[:, None]
+        return (past >= anchors) | (past <= own - window), rows.triu(1) | rows.tril(-window)
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         batch, count, width = self._shape
@@ -108,13 +131,20 @@ class _AnchorAttention:
         kv_heads, length, dim = past_keys.shape[1:]
         group = queries.shape[1] // kv_heads
         # [B, kv_heads, A, group, G, D]
-        asking = (queries * dim**-0.5).view(batch, count, width, group, kv_heads, dim).permute(0, 4, 1, 3, 2, 5)
+        asking = (
+            (queries * self._config.attention_scale)
+            .view(batch, count, width, group, kv_heads, dim)
+            .permute(0, 4, 1, 3, 2, 5)
+        )
         # [B, kv_heads, A, 1, G, D]
         own = keys_values.view(batch, count, width, 2 * kv_heads, dim).permute(0, 3, 1, 2, 4)[:, :, :, None]
         own_keys, own_values = own.chunk(2, 1)
         to_past = asking.flatten(2, 4) @ past_keys.transpose(-1, -2)
-        to_past = to_past.view(*asking.shape[:-1], length).masked_fill(self._hidden_past, float("-inf"))
-        to_own = (asking @ own_keys.transpose(-1, -2)).masked_fill(self._hidden_rows, float("-inf"))
+        to_past, to_own = to_past.view(*asking.shape[:-1], length), asking @ own_keys.transpose(-1, -2)
+        to_past, to_own = (softcapped(scores, self._config.attention_softcap) for scores in (to_past, to_own))
+        hidden_past, hidden_own = self._hidden[self._config.windows[layer]]
+        to_past = to_past.masked_fill(hidden_past, float("-inf"))
+        to_own = to_own.masked_fill(hidden_own, float("-inf"))
         weights = torch.cat((to_past, to_own), -1).softmax(-1)
         out = (weights[..., :length].flatten(2, 4) @ past_values).view(asking.shape)
         out = out + weights[..., length:] @ own_values

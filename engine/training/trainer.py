@@ -192,7 +192,8 @@ def step_loss(
     ids, probs = _teacher_rows(model, teaching.hidden, ahead)
     previous = tokens.gather(1, ahead.flatten(1)).view(-1, width)
     corrected = corrected_rows(model, adapter, hidden, previous).flatten(0, 1)
-    loss = draft_loss(model.model.norm(corrected), model.lm_head.weight, ids, probs, tv_share)
+    head, softcap = model.lm_head.weight, model.config.logit_softcap
+    loss = draft_loss(model.normalise(corrected), head, ids, probs, tv_share, softcap)
     weights = DEPTH_DECAY ** torch.arange(width, device=device)
     return (loss.view(-1, width) @ weights).mean() / weights.sum()
 
@@ -204,7 +205,8 @@ def _teacher_rows(model: CausalLM, hidden: Tensor, places: Tensor) -> tuple[Tens
     # Drafts overlap: most places are asked for by several anchors.
     rows, inverse = torch.unique(places + of_sequence, return_inverse=True)
     with torch.no_grad():
-        ids, probs = teacher_tops(model.model.norm(hidden.flatten(0, 1)[rows]), model.lm_head.weight)
+        normed, head = model.normalise(hidden.flatten(0, 1)[rows]), model.lm_head.weight
+        ids, probs = teacher_tops(normed, head, model.config.logit_softcap)
     return ids[inverse.flatten()], probs[inverse.flatten()]
 
 
@@ -216,7 +218,7 @@ def corrected_rows(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, previou
     if adapter.head is None:
         return hidden
     prepared = adapter.head.prepare(hidden)
-    embedded = model.model.embed_tokens(previous)
+    embedded = model.embed(previous)
     state: Tensor | None = None
     rows = []
     for row in range(hidden.shape[1]):

@@ -45,7 +45,7 @@ class BareLoop:
             like.device,
         )
         self._attention = SDPAAttention(
-            self._pool, config.num_attention_heads, engine.info.max_model_len, config.head_dim**-0.5
+            self._pool, config.num_attention_heads, engine.info.max_model_len, config.attention_scale
         )
         self._table = list(range(blocks))
 
