@@ -19,15 +19,29 @@ from typing import NamedTuple, Protocol
 
 RECORDED = Path(__file__).parent / "data" / "builtin_drafts.json"
 MOST_CLIENTS = 32
+CLIENTS = (1, 4, 16, 32, 0)
+"""Loads of a trace; 0 where they come and go."""
 LENGTH = 3000
 """Places of a text; behind the last one it begins again."""
 WITHOUT_END = 2**20
 """A drafter without confidence drafts as many tokens as it may."""
 
 
+LOOKUP_WIDTH = 10
+
+
 class Place(NamedTuple):
+    """What a drafter does at a place of a text.
+
+    Attributes:
+        drafted: the most tokens that it drafts.
+        right: how many of them are.
+        looked_up: how many tokens of a lookup are right, which costs nothing and takes the draft's place, or None.
+    """
+
     drafted: int
     right: int
+    looked_up: int | None = None
 
 
 Text = SequenceOf[Place]
@@ -36,7 +50,7 @@ Text = SequenceOf[Place]
 class Policy(Protocol):
     def width(self, batch: int) -> int: ...
 
-    def observe(self, batch: int, width: int, seconds: float, accepted: SequenceOf[int]) -> None: ...
+    def observe(self, batch: int, width: int, seconds: float, accepted: SequenceOf[int], others: int) -> None: ...
 
 
 class Fixed:
@@ -49,7 +63,7 @@ class Fixed:
         del batch
         return self._width
 
-    def observe(self, batch: int, width: int, seconds: float, accepted: SequenceOf[int]) -> None:
+    def observe(self, batch: int, width: int, seconds: float, accepted: SequenceOf[int], others: int) -> None:
         pass
 
 
@@ -91,15 +105,22 @@ def mixed(client: int) -> Text:
 @cache
 def _recorded(temperature: str) -> list[list[Place]]:
     records = json.loads(RECORDED.read_text(encoding="utf-8"))[temperature]
-    pairs = (zip(record["drafted"], record["right"], strict=True) for record in records)
-    return [[Place(int(drafted, 36), int(right, 36)) for drafted, right in pair] for pair in pairs]
+    return [
+        [
+            Place(int(drafted, 36), int(right, 36), None if found == "-" else int(found, 36))
+            for drafted, right, found in zip(one["drafted"], one["right"], one["looked_up"], strict=True)
+        ]
+        for one in records
+    ]
 
 
-def recorded(temperature: str) -> Callable[[int], Text]:
+def recorded(temperature: str, lookups: bool) -> Callable[[int], Text]:
     """The built-in model's own texts one behind the other, another one first for each client."""
 
     def text(client: int) -> Text:
         texts = _recorded(temperature)
+        if not lookups:
+            texts = [[place._replace(looked_up=None) for place in one] for one in texts]
         first = 5 * client % len(texts)
         return [place for one in texts[first:] + texts[:first] for place in one]
 
@@ -115,8 +136,10 @@ TEXTS: dict[str, Callable[[int], Text]] = {
     "alternating": alternating,
     "drifting": drifting,
     "mixed": mixed,
-    "greedy": recorded("0.0"),
-    "sampled": recorded("0.8"),
+    "greedy": recorded("0.0", lookups=False),
+    "sampled": recorded("0.8", lookups=False),
+    "greedy, lookups": recorded("0.0", lookups=True),
+    "sampled, lookups": recorded("0.8", lookups=True),
 }
 
 # --- machines ---------------------------------------------------------------------------------------------------
@@ -128,7 +151,7 @@ class Machine:
 
     Attributes:
         verify: of a batch and its rows, drafted ones included.
-        draft: of a batch, the width it was granted, and the length of the longest draft.
+        draft: of so many sequences, the width they were granted, and the length of the longest draft.
         noise: standard deviation of the logarithm of a step's time.
         slowdown: how much longer everything takes in the second half of a run.
     """
@@ -139,12 +162,13 @@ class Machine:
     hiccups: float = 0.01
     slowdown: float = 1.0
 
-    def seconds(self, batch: int, width: int, rows: int, longest: int) -> float:
-        return 1e-3 * (self.verify(batch, rows) + (self.draft(batch, width, longest) if width else 0.0))
+    def seconds(self, batch: int, rows: int, drafting: int, width: int, longest: int) -> float:
+        draft = self.draft(drafting, width, longest) if drafting and width else 0.0
+        return 1e-3 * (self.verify(batch, rows) + draft)
 
 
-def _cpu_draft(batch: int, width: int, longest: int) -> float:
-    return 2.0 + 0.3 * batch + 0.15 * batch * width + 0.33 * min(width, longest + 1)
+def _cpu_draft(drafting: int, width: int, longest: int) -> float:
+    return 2.0 + 0.3 * drafting + 0.15 * drafting * width + 0.33 * min(width, longest + 1)
 
 
 def _cpu_verify(batch: int, rows: int) -> float:
@@ -163,7 +187,8 @@ MACHINES: dict[str, Machine] = {
     "gpu": Machine(_gpu_verify, lambda batch, width, _: 0.55 * _gpu_verify(batch, batch * width)),
     "lookup": Machine(_gpu_verify, lambda batch, *_: 0.01 * batch),
     "tiles": Machine(
-        lambda _, rows: 4.0 + 3.0 * math.ceil(rows / 16), lambda batch, width, _: 2.0 + 1.5 * math.ceil(batch * width / 16)
+        lambda _, rows: 4.0 + 3.0 * math.ceil(rows / 16),
+        lambda batch, width, _: 2.0 + 1.5 * math.ceil(batch * width / 16),
     ),
     "rows cost": Machine(lambda _, rows: 1.0 + 2.0 * rows, lambda batch, width, _: 0.5 + 1.0 * batch * width),
 }
@@ -204,34 +229,55 @@ class Trace:
     def tokens(self, policy: Policy) -> int:
         machine, clients = MACHINES[self.machine], self.clients or MOST_CLIENTS // 3
         texts = [_texts(self.text, client) for client in range(self.clients or MOST_CLIENTS)]
-        duration = self.steps * machine.seconds(clients, self.most, clients * (1 + self.most), self.most)
+        duration = self.steps * machine.seconds(clients, clients * (1 + self.most), clients, self.most, self.most)
         load = [(0.0, self.clients)] if self.clients else coming_and_going(duration, self.steps)
         moods = _moods(machine.noise, machine.hiccups)
         places = [0] * len(texts)
-        now, step, tokens = 0.0, 0, 0
+        now, steps, tokens = 0.0, 0, 0
         changes = iter([*load[1:], (math.inf, 0)])
         batch, (change, following) = load[0][1], next(changes)
         while now < duration:
             while now >= change:
                 batch, (change, following) = following, next(changes)
             width = policy.width(batch)
-            rows, longest, accepted = batch, 0, []
-            for client in range(batch):
-                place = places[client]
-                drafted, right = texts[client][place % len(texts[client])]
-                drafted = min(drafted, width)
-                accepted.append(min(right, drafted))
-                places[client] = place + accepted[-1] + 1
-                rows += drafted
-                longest = max(longest, drafted)
-            seconds = machine.seconds(batch, width, rows, longest) * moods[step % len(moods)]
+            step = _step(texts, places, batch, width)
+            seconds = (
+                machine.seconds(batch, step.rows, len(step.accepted), width, step.longest) * moods[steps % len(moods)]
+            )
             if now > duration / 2:
                 seconds *= machine.slowdown
-            policy.observe(batch, width, seconds, accepted)
+            if step.accepted:
+                policy.observe(batch, width, seconds, step.accepted, step.others)
             now += seconds
-            step += 1
-            tokens += sum(accepted) + batch
+            steps += 1
+            tokens += sum(step.accepted) + len(step.accepted) + step.others
         return tokens
+
+
+class _Step(NamedTuple):
+    rows: int
+    longest: int
+    accepted: list[int]
+    others: int
+
+
+def _step(texts: SequenceOf[Text], places: list[int], batch: int, width: int) -> _Step:
+    """Take the first `batch` texts on by a step."""
+    rows, longest, others = batch, 0, 0
+    accepted: list[int] = []
+    for client in range(batch):
+        drafted, right, looked_up = texts[client][places[client] % len(texts[client])]
+        if looked_up is None:
+            drafted = min(drafted, width)
+            right = min(right, drafted)
+            accepted.append(right)
+            longest = max(longest, drafted)
+        else:
+            drafted, right = LOOKUP_WIDTH, looked_up
+            others += right + 1
+        places[client] += right + 1
+        rows += drafted
+    return _Step(rows, longest, accepted, others)
 
 
 @cache
@@ -243,7 +289,8 @@ def _texts(name: str, client: int) -> Text:
 def _moods(noise: float, hiccups: float) -> list[float]:
     """What the time of each step is multiplied by."""
     chance = random.Random(0)
-    return [
-        math.exp(chance.gauss(0.0, noise)) * (chance.uniform(2.0, 12.0) if chance.random() < hiccups else 1.0)
-        for _ in range(4093)
-    ]
+    moods = [math.exp(chance.gauss(0.0, noise)) for _ in range(4093)]
+    every = round(1.0 / hiccups)
+    for start in range(0, len(moods) - every, every):
+        moods[chance.randrange(start, start + every)] *= chance.uniform(2.0, 12.0)
+    return moods
