@@ -27,17 +27,17 @@ PRIOR_DRAFTS = 2.0
 """What it weighs that a token is accepted as often as the one before it, and the first one as often as not."""
 SETTLED = 12
 """Measurements after which a time moves with the machine's, and counts as known."""
-TOGETHER = 0.5
+SELDOM = 8
+"""The same for a width that is only looked at."""
+TOGETHER = 0.8
 """How much of a settled time's movement all times of its batch size share: the machine slows down for all."""
-HICCUP = 1.25
+HICCUP = 1.5
 """A time that much longer than its estimate counts as no more."""
-WINDFALL = 1.6
-"""A time that much shorter than its estimate moves it half of the way: hiccups do not err that way."""
 MARGIN = 1.02
 """Another width must promise this much more to be preferred to the last one."""
-LOOK_BUDGET = 0.02
+LOOK_BUDGET = 0.04
 """The part of the time that looks may cost, all together, while times are little known; an eighth of it later."""
-DRAFT_BUDGET = 0.01
+DRAFT_BUDGET = 0.007
 """The part of the time that drafts may cost where none pay, to hear of it when they do."""
 LEAST_LOSS = 0.01
 """The part of a step's time that every look is taken to cost, so that equals are not compared all the time."""
@@ -166,15 +166,13 @@ class _Times:
             self._look = None
 
     def _learn(self, width: int, seconds: float, count: int) -> None:
-        old = self._seconds.get(width, seconds)
+        old = _interpolate(self._seconds, width) if width in self._seconds else seconds
         if count <= 2:
             self._seconds[width] = min(old, seconds)
             return
-        if seconds * WINDFALL < old:
-            self._seconds[width] = (old + seconds) / 2.0
-            return
-        new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED)
-        if count >= SETTLED:
+        # What is measured seldom has more to catch up on.
+        new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED if width == self._best else SELDOM)
+        if count >= SETTLED and width == self._best:
             for other in self._seconds:
                 self._seconds[other] *= (new / old) ** TOGETHER
         self._seconds[width] = new
