@@ -1,40 +1,60 @@
 """How many tokens to draft, none included, so that the step pays. Pure Python.
 
-Drafting g tokens for each of B sequences promises B * (1 + a_1 + ... + a_g) tokens, with a_j
-the share of drafts whose token j was accepted, and costs the time that such a step takes.
-Both are measured while serving: nothing is assumed about the machine. Output does not
-depend on any of it.
+Of the B sequences of a step, k draft by one drafter, and the controller grants each of them
+the same width g: the most tokens that it may draft. Such a step emits
+
+    k * (1 + a_1 + ... + a_g)  and what the other sequences emit,
+
+with a_j the chance that a draft's j-th token is accepted, and takes a time that depends on B
+and g. Acceptance and times are learnt while serving, and the width with the most tokens per
+second is chosen. Output does not depend on any of it.
+
+To learn about another width costs time, so the controller keeps an account of it: a width is
+looked at when what the look will cost is a small part of the time served since the last one.
+Widths that nearly pay are thus looked at often and hopeless ones hardly ever, and what all
+looks cost together is bounded, whatever the machine.
+
+There is no clock and no chance in here: the same calls get the same answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 DECAY = 0.98
-"""What the last draft leaves of what was known before. A text changes its character within a few lines."""
-TIME_SHARE = 0.2
-"""How far a new time moves its estimate."""
-HICCUP = 1.25
-"""A time that much longer than its estimate counts as no more: machines have moods."""
-PROBE_EVERY = 64
-"""Steps between two looks at the width that was not measured for the longest time.
-
-A look takes two steps: a fused drafter drafts as widely as the step before let it.
-"""
+"""What a step leaves of what was known of acceptance. A text changes its character within a few lines."""
+PRIOR_DRAFTS = 2.0
+"""What it weighs that a token is accepted as often as the one before it, and the first one as often as not."""
+SETTLED = 12
+"""Measurements after which a time moves with the machine's, and counts as known."""
+SELDOM = 8
+"""The same for a width that is only looked at."""
+TOGETHER = 0.8
+"""How much of a settled time's movement all times of its batch size share: the machine slows down for all."""
+HICCUP = 1.5
+"""A time that much longer than its estimate counts as no more."""
 MARGIN = 1.02
 """Another width must promise this much more to be preferred to the last one."""
+LOOK_BUDGET = 0.04
+"""The part of the time that looks may cost, all together, while times are little known; an eighth of it later."""
+DRAFT_BUDGET = 0.007
+"""The part of the time that drafts may cost where none pay, to hear of it when they do."""
+LEAST_LOSS = 0.01
+"""The part of a step's time that every look is taken to cost, so that equals are not compared all the time."""
 PATIENCE = 8
-"""Steps that a width to be measured is asked for in vain: rows or blocks may not allow it, or prompts never end."""
+"""Steps that a look is asked for in vain: rows or blocks may not allow its width, or prompts never end.
+
+It takes two if nothing is in its way: a fused drafter drafts as widely as the step before let it.
+"""
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
-
-
-_Promise = Callable[[int], float]
 
 
 class Controller:
     """Chooses the width of each step's drafts among WIDTHS up to `most`.
 
-    Times are kept by batch size, rounded up to a power of two; acceptance is pooled.
+    Acceptance is pooled over sequences, because a drafter with confidence ends its drafts
+    where a text is hard, whatever it was granted; times are kept by batch size, rounded up to
+    a power of two.
 
     Attributes:
         most: the widest it chooses.
@@ -43,87 +63,159 @@ class Controller:
     def __init__(self, most: int) -> None:
         self.most = most
         self._widths = [width for width in WIDTHS if width < most] + [most]
-        self._accepted = [0.0] * most
-        self._drafts = [0.0] * most
-        self._classes: dict[int, _BatchClass] = {}
+        self._acceptance = _Acceptance(most)
+        self._share = 1.0  # k / B
+        self._others = 0.0  # tokens of the other sequences, / B
+        self._times: dict[int, _Times] = {}
 
     def width(self, batch: int) -> int:
-        """The width for a step of `batch` sequences."""
-        return self._class_of(batch).choose(self._promise)
+        """The width for the next step, of `batch` sequences."""
+        tokens = self._acceptance.tokens()
+        return self._times_of(batch).choose([self._others + self._share * count for count in tokens])
 
-    def observe(self, batch: int, width: int, seconds: float, accepted: Sequence[int]) -> None:
-        """What a step of that width took, and how many tokens of each sequence's draft were accepted."""
-        self._class_of(batch).time(width, seconds / batch)
-        for count in accepted:
-            for depth in range(min(width, len(self._drafts))):
-                self._drafts[depth] = self._drafts[depth] * DECAY + 1.0
-                self._accepted[depth] = self._accepted[depth] * DECAY + (depth < count)
+    def observe(self, batch: int, width: int, seconds: float, accepted: Sequence[int], others: int = 0) -> None:
+        """What became of a step.
 
-    def acceptance(self, depth: int) -> float:
-        """The share of recent drafts whose token at `depth` (from 0) was accepted; a half when nothing is known."""
-        return (self._accepted[depth] + 0.5) / (self._drafts[depth] + 1.0)
+        Args:
+            batch: all its sequences.
+            width: the width granted.
+            accepted: of the draft of each sequence that was granted it, how many tokens were accepted.
+            others: how many tokens the other sequences emitted.
+        """
+        if width:
+            self._acceptance.observe(width, accepted)
+        self._share = DECAY * self._share + (1.0 - DECAY) * len(accepted) / batch
+        self._others = DECAY * self._others + (1.0 - DECAY) * others / batch
+        self._times_of(batch).observe(width, seconds / batch)
 
-    def _class_of(self, batch: int) -> _BatchClass:
-        key = _power_of_two(batch)
-        if key not in self._classes:
-            self._classes[key] = _BatchClass(self._widths)
-        return self._classes[key]
-
-    def _promise(self, width: int) -> float:
-        """Tokens per sequence and step. A token is accepted no more often than the one before it."""
-        total = least = 1.0
-        for depth in range(width):
-            least = min(least, self.acceptance(depth))
-            total += least
-        return total
+    def _times_of(self, batch: int) -> _Times:
+        key = 1 << max(0, batch - 1).bit_length()
+        if key not in self._times:
+            self._times[key] = _Times(self._widths)
+        return self._times[key]
 
 
-class _BatchClass:
-    """Times of steps of about one batch size, by width."""
+class _Acceptance:
+    """How often a draft's token is accepted, given that all before it were.
+
+    Depths seldom reached lean on the one before them, so widths never granted are judged, too.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._reached = [0.0] * most
+        self._accepted = [0.0] * most
+
+    def observe(self, width: int, accepted: Sequence[int]) -> None:
+        for depth in range(min(width, len(self._reached))):
+            reached = sum(count >= depth for count in accepted)
+            if not reached:
+                break
+            self._reached[depth] = DECAY * self._reached[depth] + reached
+            self._accepted[depth] = DECAY * self._accepted[depth] + sum(count > depth for count in accepted)
+
+    def tokens(self) -> list[float]:
+        """By width, the tokens that a sequence gets of a step, the verifier's own included."""
+        expected, alive, chance = [1.0], 1.0, 0.5
+        for reached, accepted in zip(self._reached, self._accepted, strict=True):
+            chance = (accepted + PRIOR_DRAFTS * chance) / (reached + PRIOR_DRAFTS)
+            alive *= chance
+            expected.append(expected[-1] + alive)
+        return expected
+
+
+class _Times:
+    """Seconds per sequence of steps of about one batch size, by width, and which to choose."""
 
     def __init__(self, widths: Sequence[int]) -> None:
+        self._widths = widths
         self._seconds: dict[int, float] = {}
-        # Widest first: it shows the acceptance at every depth. Twice: the first time of anything may be slow.
-        self._unmeasured = sorted([*widths, *widths])
-        self._age = dict.fromkeys(widths, 0)
-        self._steps = 0
-        self._probe = widths[-1]
+        self._counts = dict.fromkeys(widths, 0)
+        self._clock = self._drafted_at = 0.0
+        self._seen_at = dict.fromkeys(widths, 0.0)
         # Until something is known: a draft that is rarely much too long.
-        self._last = min(2, widths[-1])
-        self._in_vain = 0
+        self._best = min(2, widths[-1])
+        # Widest first: it shows the acceptance at every depth.
+        self._first = [self._best, 0, widths[-1]]
+        self._look: int | None = None
+        self._asked = 0
 
-    def choose(self, promise: _Promise) -> int:
-        self._steps += 1
-        if self._unmeasured and self._in_vain >= PATIENCE:
-            self._unmeasured.pop()
-            self._in_vain = 0
-        if self._unmeasured:
-            self._in_vain += 1
-            return self._unmeasured[-1]
-        if not self._seconds:
-            return self._last
-        if self._steps % PROBE_EVERY == 0:
-            self._probe = min(self._age, key=lambda width: self._age[width])
-        if self._steps % PROBE_EVERY < 2:
-            return self._probe
-        rates = {width: promise(width) / seconds for width, seconds in self._seconds.items()}
-        best = max(rates, key=lambda width: rates[width])
-        if self._last not in rates or rates[best] > MARGIN * rates[self._last]:
-            self._last = best
-        return self._last
+    def choose(self, tokens: Sequence[float]) -> int:
+        """The width to be granted, if width g promises tokens[g] per sequence."""
+        if self._look is not None and self._asked == PATIENCE:
+            self._seen_at[self._look] = self._clock
+            self._look = None
+        if self._look is None:
+            self._look = self._first.pop() if self._first else self._due(tokens)
+            self._asked = 0
+        if self._look is None:
+            return self._best
+        self._asked += 1
+        return self._look
 
-    def time(self, width: int, seconds: float) -> None:
-        if width not in self._age:
+    def observe(self, width: int, seconds: float) -> None:
+        self._clock += seconds
+        if width:
+            self._drafted_at = self._clock
+        if width not in self._counts:
             return
-        self._age[width] = self._steps
-        old = self._seconds.get(width, seconds)
-        if width in self._unmeasured:
-            self._unmeasured.remove(width)
-            self._in_vain = 0
+        self._seen_at[width] = self._clock
+        self._counts[width] += 1
+        self._learn(width, seconds, self._counts[width])
+        # The first time of anything may be slow, so a look at something new takes two.
+        if width == self._look and self._counts[width] > 1:
+            self._look = None
+
+    def _learn(self, width: int, seconds: float, count: int) -> None:
+        old = _interpolate(self._seconds, width) if width in self._seconds else seconds
+        if count <= 2:
             self._seconds[width] = min(old, seconds)
             return
-        self._seconds[width] = old + TIME_SHARE * (min(seconds, HICCUP * old) - old)
+        # What is measured seldom has more to catch up on.
+        new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED if width == self._best else SELDOM)
+        if count >= SETTLED and width == self._best:
+            for other in self._seconds:
+                self._seconds[other] *= (new / old) ** TOGETHER
+        self._seconds[width] = new
+
+    def _due(self, tokens: Sequence[float]) -> int | None:
+        """Find the best width, and whether to look at another one before granting it."""
+        if not self._seconds:
+            return None
+        seconds = {width: _interpolate(self._seconds, width) for width in self._widths}
+        rates = {width: tokens[width] / seconds[width] for width in self._widths}
+        best = max(rates, key=lambda width: rates[width])
+        if rates[best] > MARGIN * rates[self._best]:
+            self._best = best
+        # What a look at a width takes longer than its tokens take at the best one.
+        losses = {w: max(LEAST_LOSS * seconds[w], seconds[w] - tokens[w] / rates[self._best]) for w in self._widths}
+        if not self._best:
+            width = max(self._widths[1:], key=lambda width: rates[width])
+            if losses[width] <= DRAFT_BUDGET * (self._clock - self._drafted_at):
+                return width
+        due = [w for w in self._widths if w != self._best and losses[w] <= self._account(w)]
+        return max(due, key=lambda w: self._clock - self._seen_at[w], default=None)
+
+    def _account(self, width: int) -> float:
+        """The seconds that a look at a width may cost now."""
+        known = min(1 + self._counts[width], 8)
+        return LOOK_BUDGET / len(self._widths) / known * (self._clock - self._seen_at[width])
 
 
-def _power_of_two(batch: int) -> int:
-    return 1 << max(0, batch - 1).bit_length()
+def _interpolate(seconds: Mapping[int, float], width: int) -> float:
+    """The time at a width: what was measured, else on the line between its neighbours, and no more than any wider one.
+
+    Beyond the measured ones it is on the line through the last two, if that rises.
+    """
+    wider = [seconds[w] for w in seconds if w >= width]
+    if width in seconds:
+        return min(wider)
+    below = max((w for w in seconds if w < width), default=None)
+    above = min((w for w in seconds if w > width), default=None)
+    if below is None:
+        return min(wider)
+    if above is None:
+        before = max((w for w in seconds if w < below), default=below)
+        slope = (seconds[below] - seconds[before]) / max(1, below - before)
+        return seconds[below] + max(0.0, slope) * (width - below)
+    share = (width - below) / (above - below)
+    return min(seconds[below] + share * (seconds[above] - seconds[below]), *wider)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -18,8 +17,8 @@ from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
 from skippy.engine.controller import Controller
-from skippy.engine.drafters.base import Drafter, Observer
-from skippy.engine.drafters.hybrid import LOOKUP_WIDTH, HybridDrafter
+from skippy.engine.drafters.base import Drafter, Mixed, Observer
+from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
@@ -94,6 +93,7 @@ class Engine:
             known += [separate, HybridDrafter(within)]
         self.drafters: dict[str, Drafter] = {}
         self._observers: dict[str, Observer] = {}
+        self._mixed: dict[str, Mixed] = {}
         for drafter in known:
             self._know(drafter)
         self._default_drafter = self._choose_drafter()
@@ -107,14 +107,19 @@ class Engine:
 
     def widest(self, drafter: str) -> int:
         """The most tokens that a drafter drafts in one step."""
-        controller = self._controllers.get(drafter)
-        return controller.most if controller else MAX_SPECULATIVE_TOKENS
+        if drafter not in self._controllers:
+            return MAX_SPECULATIVE_TOKENS
+        free_width = self._mixed[drafter].free_width if drafter in self._mixed else 0
+        return max(self._controllers[drafter].most, free_width)
 
     def _know(self, drafter: Drafter) -> None:
         self.drafters[drafter.name] = drafter
         self._observers.pop(drafter.name, None)
         if isinstance(drafter, Observer):
             self._observers[drafter.name] = drafter
+        self._mixed.pop(drafter.name, None)
+        if isinstance(drafter, Mixed):
+            self._mixed[drafter.name] = drafter
 
     def _choose_drafter(self) -> str:
         """The drafter of requests that name none."""
@@ -196,7 +201,7 @@ class Engine:
         stats = StepStats(kv_blocks_total=self._blocks.num_blocks)
         outputs: list[SequenceOutput] = []
         widths = self._widths()
-        schedule = self._scheduler.schedule(widths)
+        schedule = self._scheduler.schedule(self._lookaheads(widths))
         if schedule.work:
             try:
                 stats.host_seconds = clock.lap()
@@ -213,7 +218,7 @@ class Engine:
                 self._show_drafters(schedule, drafts, computed)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
-        self._inform_controllers(schedule, stats)
+        self._inform_controllers(schedule, widths, stats)
         now = self.load()
         stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
         stats.preemptions = schedule.preempted
@@ -221,26 +226,41 @@ class Engine:
         return StepOutput(outputs, stats)
 
     def _widths(self) -> dict[str, int]:
-        """By drafter, how many tokens to draft for each sequence that leaves it to the controller."""
-        batch = Counter(s.drafter for s in self._scheduler.running if s.adaptive and s.decoding)
+        """By drafter, how many tokens its controller lets it draft for each sequence that leaves it to it."""
+        decoding = [s for s in self._scheduler.running if s.decoding]
+        drafting = {s.drafter for s in decoding if s.adaptive}
         return {
-            name: controller.width(batch[name]) if batch[name] else controller.most
+            name: controller.width(len(decoding)) if name in drafting else controller.most
             for name, controller in self._controllers.items()
         }
 
-    def _inform_controllers(self, schedule: Schedule, stats: StepStats) -> None:
-        """Show the controllers what a step without prompts took, by the width that its sequences were granted."""
-        if stats.prefill_seconds or not stats.verify_seconds:
+    def _lookaheads(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """By drafter, how many tokens to make room for: drafts that cost nothing may be wider."""
+        lookaheads = dict(widths)
+        for name, drafter in self._mixed.items():
+            if name in widths:
+                drafter.paid_width = widths[name]
+                lookaheads[name] = max(widths[name], drafter.free_width)
+        return lookaheads
+
+    def _inform_controllers(self, schedule: Schedule, widths: Mapping[str, int], stats: StepStats) -> None:
+        """Show the controllers what a step without prompts took, and what became of the drafts they granted."""
+        if stats.prefill_seconds or not stats.verify_seconds or any(w.num_known > 1 for w in schedule.work):
             return
+        tokens = sum(1 + w.sequence.last_accepted for w in schedule.work)
         for name, controller in self._controllers.items():
-            work = [w for w in schedule.work if w.sequence.drafter == name and w.sequence.adaptive]
-            if not work or any(w.num_known > 1 for w in work):
-                continue
-            width = round(sum(w.lookahead for w in work) / len(work))
-            if any(w.lookahead < w.riders for w in work):
-                continue  # the step before let fewer masks ride
-            drafted = [w.sequence.last_accepted for w in work]
-            controller.observe(len(work), width, stats.draft_seconds + stats.verify_seconds, drafted)
+            free = self._mixed[name].free if name in self._mixed else ()
+            work = [
+                w
+                for w in schedule.work
+                if w.sequence.drafter == name and w.sequence.adaptive and w.sequence not in free
+            ]
+            if not work or any(w.lookahead < w.riders for w in work):
+                continue  # nobody asked, or the step before let fewer masks ride
+            width = round(sum(min(w.lookahead, widths[name]) for w in work) / len(work))
+            accepted = [w.sequence.last_accepted for w in work]
+            seconds = stats.draft_seconds + stats.verify_seconds
+            controller.observe(len(schedule.work), width, seconds, accepted, tokens - sum(accepted) - len(work))
 
     def check(self) -> None:
         """Raise AssertionError unless the blocks' books balance; when idle, none may be held."""
@@ -284,8 +304,7 @@ class Engine:
 
     def _default_width(self, drafter: str) -> int:
         """The most tokens to draft for a request that does not say."""
-        controller = self._controllers.get(drafter)
-        return controller.most if controller else DEFAULT_SPECULATIVE_TOKENS
+        return self.widest(drafter) if drafter in self._controllers else DEFAULT_SPECULATIVE_TOKENS
 
     def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
         return [
@@ -482,10 +501,8 @@ def _controllers(adapter: S3DAdapter | None, drafters: Collection[str]) -> dict[
     """One for every drafter whose drafts cost a pass, or rows of one."""
     if adapter is None:
         return {}
-    width, fused = adapter.config.num_speculative_tokens, adapter.config.fused
-    # A fused adapter has no more masks to let ride behind a draft than it drafts itself.
-    widest = {S3DDrafter.name: width, HybridDrafter.name: width if fused else max(width, LOOKUP_WIDTH)}
-    return {name: Controller(most) for name, most in widest.items() if name in drafters}
+    most = adapter.config.num_speculative_tokens
+    return {name: Controller(most) for name in _OF_ADAPTER if name in drafters}
 
 
 def _decision_rows(logits: Tensor, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Tensor:

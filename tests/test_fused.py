@@ -348,25 +348,25 @@ class TestEngine:
             assert counts.drafted > 0
             assert drafter != "s3d" or counts.accepted == counts.drafted
 
-    def test_the_controller_sees_every_width(self, foreseen: Path) -> None:
+    def test_the_controller_is_shown_what_it_asks_for(self, foreseen: Path) -> None:
+        """Though a step drafts no more than the one before had riders."""
         engine = make_engine(foreseen)
         _, steps = self.serve(engine, replace(GREEDY, max_tokens=240), num_speculative_tokens=None)
-        assert {step.draft_tokens for step in steps} >= set(range(7))
-        assert not engine._controllers["s3d"]._classes[1]._unmeasured
+        assert {step.draft_tokens for step in steps} >= {0, 2, 6}
 
-    def test_the_controller_looks_at_every_width_again(self) -> None:
-        """Though a step drafts no more than the one before had riders, and drafting never pays here."""
+    def test_the_controller_looks_at_other_widths_again(self) -> None:
+        """Here, too, a step drafts no more than the one before had riders, and drafting never pays."""
         controller, riders = Controller(6), 0
         timed: list[int] = []
-        for _ in range(64 * 9):
+        for _ in range(2000):
             width = controller.width(1)
             if min(width, riders) == width:
                 timed.append(width)
-                controller.observe(1, width, 1.0 + 9.0 * width, [0])
+                controller.observe(1, width, 1.0 + 0.5 * width, [0])
             riders = width
-        first, later = timed[:14], timed[14:]
-        assert sorted(first) == sorted([*range(7)] * 2)
-        assert set(later) == set(range(7))
+        first, later = timed[:6], timed[6:]
+        assert sorted(first) == [0, 0, 2, 2, 6, 6]
+        assert set(later) >= {0, 1, 2}
         assert later.count(0) > 0.9 * len(later)
 
     def test_a_failing_step_ends_those_that_took_part_and_no_others(

@@ -9,7 +9,7 @@ from support_engine import run_dry, tokens_of, write_adapter, write_checkpoint
 from support_exactness import requests
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams
-from skippy.engine.drafters.hybrid import MIN_MATCH, HybridDrafter
+from skippy.engine.drafters.hybrid import LOOKUP_WIDTH, MIN_MATCH, HybridDrafter
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.sequence import Sequence
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def sequence(*tokens: int) -> Sequence:
+def sequence(*tokens: int, adaptive: bool = False) -> Sequence:
     request = Request("r", tokens, SamplingParams(max_tokens=20))
     return Sequence(
         request=request,
@@ -29,7 +29,7 @@ def sequence(*tokens: int) -> Sequence:
         seed=0,
         drafter="hybrid",
         max_draft=4,
-        adaptive=False,
+        adaptive=adaptive,
         end_ids=frozenset(),
         tokens=list(tokens),
     )
@@ -61,6 +61,45 @@ def test_lookups_that_fail_must_be_longer_the_next_time() -> None:
     repeating.misses = 1
     told = Told()
     assert HybridDrafter(told).propose([repeating], [4]) == [[90]]
+
+
+def test_the_controller_limits_what_is_not_looked_up() -> None:
+    repeating = sequence(*range(1, MIN_MATCH + 3), *range(1, MIN_MATCH + 1), adaptive=True)
+    other, fixed = sequence(5, 6, 7, adaptive=True), sequence(5, 6, 7)
+    told = Told()
+    hybrid = HybridDrafter(told)
+    hybrid.paid_width = 2
+    drafts = hybrid.propose([repeating, other, fixed], [5, 5, 5])
+    assert list(map(len, drafts)) == [5, 1, 1]
+    assert [limit for _, limit in told.asked] == [2, 5]
+    assert hybrid.free == {repeating}
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_its_controller_is_shown_passes_only(folder: Path, monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
+    engine = Engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", block_size=16))
+    seen: list[tuple[int, int, int]] = []
+
+    def width(batch: int) -> int:
+        assert batch == 1
+        return 3
+
+    def observe(batch: int, width: int, seconds: float, accepted: list[int], others: int) -> None:
+        assert seconds > 0.0
+        assert len(accepted) == batch
+        seen.append((batch, width, others))
+
+    monkeypatch.setattr("skippy.engine.drafters.hybrid.lookup", lambda _, limit, __: [1] * limit if found else [])
+    monkeypatch.setattr(engine._controllers["hybrid"], "width", width)
+    monkeypatch.setattr(engine._controllers["hybrid"], "observe", observe)
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    engine.add(Request("0", (3, 4, 5), params, drafter="hybrid"))
+    widest = 0
+    while engine.has_work:
+        widest = max(widest, engine.step().stats.draft_tokens)
+    # The last step has no room for a draft, so nothing can be looked up.
+    assert seen[:-1] == [] if found else {(1, 3, 0)} <= set(seen)
+    assert widest == LOOKUP_WIDTH if found else widest <= 3
 
 
 def test_sequences_of_every_drafter_share_a_batch(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -43,3 +43,15 @@ class Observer(Protocol):
         entered it, [B, hidden_size].
         """
         ...
+
+
+@runtime_checkable
+class Mixed(Protocol):
+    """A drafter some of whose drafts cost next to nothing; only the others are the controller's business."""
+
+    free_width: int
+    """The most tokens of a draft that costs nothing; 0 if the controller's width holds for every draft."""
+    paid_width: int
+    """The most tokens of any other draft for an adaptive sequence, set before each step."""
+    free: Collection[Sequence]
+    """Whose drafts of the last proposal cost nothing."""

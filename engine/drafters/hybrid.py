@@ -5,7 +5,7 @@ A long repetition is the surest draft there is, and finding it costs no pass of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
@@ -30,6 +30,10 @@ class HybridDrafter:
 
     def __init__(self, s3d: S3DDrafter | S3DFusedDrafter) -> None:
         self._s3d = s3d
+        # Masks ride before anybody knows what a lookup will find, so with them no draft is free.
+        self.free_width = LOOKUP_WIDTH if isinstance(s3d, S3DDrafter) else 0
+        self.paid_width = 0
+        self.free: Collection[Sequence] = ()
 
     @property
     def taps(self) -> SequenceOf[int]:
@@ -45,8 +49,15 @@ class HybridDrafter:
             for sequence, limit in zip(sequences, limits, strict=True)
         ]
         left = [place for place, draft in enumerate(drafts) if not draft]
+        if self.free_width:
+            self.free = {sequence for sequence, draft in zip(sequences, drafts, strict=True) if draft}
         if left:
-            others = self._s3d.propose([sequences[place] for place in left], [limits[place] for place in left])
+            others = self._s3d.propose(
+                [sequences[place] for place in left], [self._limit(sequences[place], limits[place]) for place in left]
+            )
             for place, draft in zip(left, others, strict=True):
                 drafts[place] = draft
         return drafts
+
+    def _limit(self, sequence: Sequence, granted: int) -> int:
+        return min(granted, self.paid_width) if sequence.adaptive else granted

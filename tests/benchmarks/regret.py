@@ -1,0 +1,114 @@
+"""What the controller misses against the best fixed draft length, in simulation and in an engine.
+
+    python tests/benchmarks/regret.py --simulated
+    python tests/benchmarks/regret.py [--clients 1 4 16 32] [--temperatures 0 0.8] [--drafters s3d hybrid] [--repeat N]
+
+Simulated: every machine, text and load of tests/support_control.py, on a counted clock. Live:
+the built-in model, in this process. At every number of clients and temperature all plans run
+on the same prompts in turn: the drafter under the controller, with every fixed length, and no
+drafts at all. The controller starts knowing nothing. Regret is 1 - its tokens per second /
+those of the best plan without it, medians over the turns; of the latter the best is picked
+afterwards, so noise alone makes it a little larger than 0. JSON on the last line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from record_drafts import OPENINGS
+
+from skippy.engine import Engine, EngineConfig, SamplingParams, Tokenizer
+from skippy.engine.bench import DraftPlan, decode, describe_machine
+from skippy.engine.controller import Controller
+from skippy.engine.prompts import read_prompts
+
+PER_CLIENT = 2
+"""Requests of each client at least."""
+
+
+def simulate() -> dict[str, Any]:
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from support_control import CLIENTS, MACHINES, TEXTS, Trace  # noqa: PLC0415
+
+    rows = []
+    for machine in MACHINES:
+        for clients in CLIENTS:
+            for text in TEXTS:
+                trace = Trace(machine, text, clients)
+                regret = trace.regret(Controller(trace.most))
+                rows.append({"machine": machine, "clients": clients, "text": text, "regret": regret})
+                load = f"{clients} clients" if clients else "1 to 32 clients"
+                print(f"{machine:12s} {load:16s} {text:18s} {regret:7.2%}", flush=True)
+    return {"bench": "regret, simulated", "rows": rows}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for drafter in options.drafters:
+        for temperature in options.temperatures:
+            for clients in options.clients:
+                row = {"drafter": drafter, "temperature": temperature, "clients": clients}
+                # A new engine, so that nothing is known yet; a cached prompt would favour the later turns.
+                engine = Engine(EngineConfig(enable_prefix_caching=False, num_threads=options.num_threads))
+                rows.append(row | compare(engine, drafter, temperature, clients, options))
+                best, regret = rows[-1]["best"], rows[-1]["regret"]
+                print(
+                    f"{drafter:8s} T {temperature:<4} {clients:3d} clients  best {best:10s} {regret:7.2%}", flush=True
+                )
+    return {"bench": "regret, live", "options": vars(options), **describe_machine(engine), "rows": rows}
+
+
+def compare(
+    engine: Engine, drafter: str, temperature: float, clients: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Tokens per second of every plan, and the regret of the controller's."""
+    tokenizer = Tokenizer.load(engine.info.model_path)
+    texts = read_prompts(options.prompts) if options.prompts else OPENINGS
+    wanted = max(options.requests, PER_CLIENT * clients)
+    prompts = [tuple(tokenizer.encode(texts[place % len(texts)])) for place in range(wanted)]
+    params = SamplingParams(max_tokens=options.max_tokens, temperature=temperature, seed=0, ignore_eos=True)
+    chosen = DraftPlan(drafter)
+    plans = [DraftPlan("none"), *(DraftPlan(drafter, width) for width in range(1, engine.widest(drafter) + 1)), chosen]
+    rates: dict[DraftPlan, list[float]] = {plan: [] for plan in plans}
+    decode(engine, prompts[:clients], "none", clients, params)
+    for _ in range(options.repeat):
+        for plan in plans:
+            run = decode(engine, prompts, plan.drafter, clients, params, plan.num_speculative_tokens)
+            rates[plan].append(run.tokens / run.seconds)
+    medians = {str(plan): statistics.median(rate) for plan, rate in rates.items()}
+    of_controller = medians.pop(str(chosen))
+    best = max(medians, key=lambda plan: medians[plan])
+    return {
+        "tokens_per_second": of_controller,
+        "fixed": medians,
+        "best": best,
+        "regret": 1.0 - of_controller / medians[best],
+        "turns": rates[chosen],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--simulated", action="store_true")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--drafters", nargs="+", default=["s3d", "hybrid"])
+    parser.add_argument("--prompts", help="JSONL; unset: a few openings of Python files")
+    parser.add_argument("--requests", type=int, default=16, help=f"at least, and {PER_CLIENT} per client")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--num-threads", type=int)
+    options = parser.parse_args()
+    record = simulate() if options.simulated else measure(options)
+    worst = max(record["rows"], key=lambda row: row["regret"])
+    print(f"worst of {len(record['rows'])}: {worst['regret']:.2%}")
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()
