@@ -210,7 +210,6 @@ class TestRecord:
                 assert row["mean_draft_tokens"] <= 2
             if row["plan"] == "s3d:2":
                 assert row["draft_ms"] > 0
-                assert len(depths) == 2
 
     def test_memory(self, record: dict[str, Any]) -> None:
         assert record["kv_bytes"] > 0
