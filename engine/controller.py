@@ -26,11 +26,9 @@ DECAY = 0.98
 PRIOR_DRAFTS = 2.0
 """What it weighs that a token is accepted as often as the one before it, and the first one as often as not."""
 SETTLED = 12
-"""Measurements after which a time moves with the machine's, and counts as known."""
-SELDOM = 8
-"""The same for a width that is only looked at."""
+"""Measurements over which a time is averaged, more or less."""
 TOGETHER = 0.8
-"""How much of a settled time's movement all times of its batch size share: the machine slows down for all."""
+"""How much of the best width's movement all times of a batch size share: the machine slows down for all."""
 HICCUP = 1.5
 """A time that much longer than its estimate counts as no more."""
 MARGIN = 1.02
@@ -170,8 +168,7 @@ class _Times:
         if count <= 2:
             self._seconds[width] = min(old, seconds)
             return
-        # What is measured seldom has more to catch up on.
-        new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED if width == self._best else SELDOM)
+        new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED)
         if count >= SETTLED and width == self._best:
             for other in self._seconds:
                 self._seconds[other] *= (new / old) ** TOGETHER

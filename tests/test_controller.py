@@ -16,7 +16,7 @@ MOST = 6
 SETTLED = 100
 """Steps after which every width is known that matters."""
 LARGEST_REGRET = 0.03
-some = settings(max_examples=20, deadline=None)
+some = settings(max_examples=10, deadline=None)
 
 TRACES = [
     # (machine, text, clients; 0: they come and go)
@@ -87,7 +87,7 @@ def test_nothing_is_drafted_where_every_draft_fails_but_for_looks_that_cost_litt
     def seconds(width: int) -> float:
         return second * (1.0 + draft * (width > 0) + per_row * width)
 
-    widths = drive(Controller(most), batch, seconds, 0.0, 500)[SETTLED:]
+    widths = drive(Controller(most), batch, seconds, 0.0, 1500)[SETTLED:]
     assert usual(widths) == 0
     assert sum(map(seconds, widths)) <= 1.04 * len(widths) * second
 
@@ -114,11 +114,10 @@ def test_it_follows_a_text_that_becomes_hard_to_foresee_and_easy_again() -> None
     assert usual(drive(controller, 1, seconds, 0.95, 2000)[-500:]) == MOST
 
 
-@pytest.mark.parametrize(("per_row", "expected"), [(0.3, {2, 3, 4}), (1.0, {0})])
-def test_it_follows_a_machine_whose_rows_become_expensive(per_row: float, expected: set[int]) -> None:
+def test_it_follows_a_machine_whose_rows_become_expensive() -> None:
     controller = Controller(MOST)
     assert usual(drive(controller, 4, lambda width: 1.0 + 0.02 * width, 0.8, 400)[SETTLED:]) == MOST
-    assert usual(drive(controller, 4, lambda width: 1.0 + per_row * width, 0.8, 4000)[-200:]) in expected
+    assert usual(drive(controller, 4, lambda width: 1.0 + 0.3 * width, 0.8, 1500)[-200:]) in (2, 3, 4)
 
 
 @some
@@ -127,7 +126,7 @@ def test_one_slow_step_does_not_change_its_mind_for_long(acceptance: float, slow
     controller = Controller(MOST)
 
     def seconds(width: int) -> float:
-        return 1.0 + 0.3 * width**1.5
+        return 1.0 + 0.3 * width * width
 
     before = usual(drive(controller, 8, seconds, acceptance, 300 + place)[SETTLED:])
     width = controller.width(8)
