@@ -177,8 +177,9 @@ class TestOptions:
         self, sizes: tuple[int, ...], weight_bytes: int, share: float, fused: bool
     ) -> None:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        raw = dict(zip((*names, "num_key_value_heads"), sizes, strict=True))
-        base = parse_config({**raw, "max_position_embeddings": 512, "tie_word_embeddings": True})
+        raw: dict[str, Any] = dict(zip((*names, "num_key_value_heads"), sizes, strict=True))
+        raw |= {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 512, "tie_word_embeddings": True}
+        base = parse_config(raw)
         shape = TrainOptions(fused=fused).adapter_config(base, weight_bytes)
         with torch.device("meta"):
             count = sum(p.numel() for p in S3DAdapter(shape, base).parameters())
