@@ -49,7 +49,7 @@ FORBIDDEN = [
     ("skippy.engine.sampling", ("skippy.engine.model",), ()),
     ("skippy", ("skippy.engine.bench",), ("skippy.engine.bench",)),
     ("skippy.server", ("skippy.engine.run_bench", "skippy.engine.BenchOptions"), ("skippy.server.cli",)),
-    ("skippy", ("bitsandbytes",), ()),
+    ("skippy", ("bitsandbytes",), ("skippy.engine.quant",)),
     ("skippy", ("engine", "server"), ()),
 ]
 
