@@ -20,7 +20,7 @@ On a GPU bitsandbytes' fused kernels do it all, and the promise is the margin ru
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Self
@@ -48,10 +48,16 @@ def quantise(weight: Tensor, bias: Tensor | None, kind: Quantization) -> tuple[P
 
     Nothing of the weight is kept. Returns the product and the kernel whose order of summation
     it has.
+
+    Raises:
+        ValueError: the kind is another.
     """
-    if kind == "int8":
-        return Int8Product.of(weight, bias), Int8Product.of
-    return NF4Product.of(weight, bias), plain
+    match kind:
+        case "int8":
+            return Int8Product.of(weight, bias), Int8Product.of
+        case "nf4":
+            return NF4Product.of(weight, bias), plain
+    raise ValueError(f"there is no quantisation {kind!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,8 @@ class Int8Product:
             quantised, largest, _ = _operators().int8_vectorwise_quant(rows.half() if rows.is_cuda else rows)
             return quantised, largest
 
-        return cls(*_by_pieces(of_rows, weight.split(max(1, PIECE // weight.shape[1]))), bias)
+        quantised, scale = _by_pieces(of_rows, torch.split(weight, max(1, PIECE // weight.shape[1])))
+        return cls(quantised, scale, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [R, in_features] to [R, out_features]."""
@@ -105,7 +112,8 @@ class NF4Product:
             return packed, largest
 
         out_features, in_features = weight.shape
-        return cls(*_by_pieces(of_blocks, weight.reshape(-1).split(PIECE)), bias, (out_features, in_features))
+        packed, scale = _by_pieces(of_blocks, torch.split(weight.reshape(-1), PIECE))
+        return cls(packed, scale, bias, (out_features, in_features))
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight that is multiplied by, [out_features, in_features]."""
@@ -124,9 +132,10 @@ class NF4Product:
         return F.linear(x, self.dequantised(x.dtype), self.bias)
 
 
-def _by_pieces(quantise: Callable[[Tensor], tuple[Tensor, Tensor]], pieces: tuple[Tensor, ...]) -> Iterator[Tensor]:
-    """The quantised weights of all pieces, then their scales."""
-    return map(torch.cat, zip(*map(quantise, pieces), strict=True))
+def _by_pieces(quantise: Callable[[Tensor], tuple[Tensor, Tensor]], pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The quantised weights of all pieces, and their scales."""
+    weights, scales = zip(*map(quantise, pieces), strict=True)
+    return torch.cat(weights), torch.cat(scales)
 
 
 @cache

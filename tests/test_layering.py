@@ -152,6 +152,10 @@ def test_what_is_pure_stays_pure_with_all_it_imports() -> None:
     assert not loaded & {"torch", "transformers", "fastapi", "pydantic"}
 
 
+def test_a_model_that_is_not_quantised_does_not_load_bitsandbytes() -> None:
+    assert "bitsandbytes" not in loaded_after("from skippy.engine import Engine, EngineConfig; Engine(EngineConfig())")
+
+
 def test_serving_loads_nothing_of_training() -> None:
     script = "import sys, skippy.engine.worker; print(*(name for name in sys.modules if name.startswith('skippy.')))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
