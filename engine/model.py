@@ -146,9 +146,9 @@ class _Fused:
     def pack(self, pack: Pack | None = None) -> RowLinear:
         """Fuse, and give the memory of the separate matrices back."""
         weight, bias = self.parameters()
-        self.packed = RowLinear(weight, bias, pack)
         for linear in self._linears:
             linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        self.packed = RowLinear(weight, bias, pack)
         return self.packed
 
 
