@@ -445,6 +445,7 @@ def describe_machine(engine: Engine) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if on_gpu else cpu,
         "dtype": engine.info.dtype,
+        "quantization": engine.info.quantization,
         "num_speculative_tokens": engine.info.num_speculative_tokens,
         "threads": torch.get_num_threads(),
         "torch": version("torch"),

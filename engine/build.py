@@ -13,6 +13,7 @@ from skippy.engine.attention import SDPAAttention
 from skippy.engine.config import EngineConfig
 from skippy.engine.errors import ConfigError
 from skippy.engine.kv import KVPool
+from skippy.engine.quant import pack_as
 from skippy.engine.runner import Runner
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
@@ -54,11 +55,15 @@ def build(config: EngineConfig) -> Build:
     adapter = None
     if config.adapter is not None or config.drafter != "none":
         adapter = find_adapter(checkpoint, config.adapter, dtype, device)
-    if adapter is not None and device.type == "cpu" and not adapter.config.fused:
+    pack_layers = pack_as(config.quantization)
+    # Folded matrices of their own would take the memory that quantisation saves.
+    if adapter is not None and device.type == "cpu" and not adapter.config.fused and pack_layers is None:
         adapter.fold(model)
     reads_head_rows = adapter is not None and adapter.head is not None and not shape.tie_word_embeddings
     draft_ids = adapter.draft_ids if adapter else None
-    tiling = model.pack(checkpoint.vocab_size, draft_ids=draft_ids, keep_head_rows=reads_head_rows)
+    tiling = model.pack(
+        checkpoint.vocab_size, draft_ids=draft_ids, keep_head_rows=reads_head_rows, pack_layers=pack_layers
+    )
     block_bytes = (
         2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
     )

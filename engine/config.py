@@ -11,6 +11,7 @@ BUILTIN_MODEL = "builtin"
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8", "nf4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class EngineConfig:
     model: str = BUILTIN_MODEL
     device: Device = "auto"
     dtype: Dtype = "auto"
+    quantization: Quantization = "none"
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512

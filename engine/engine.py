@@ -482,6 +482,7 @@ class Engine:
             model_path=str(checkpoint.path),
             device=str(pool.keys.device),
             dtype=str(pool.keys.dtype).removeprefix("torch."),
+            quantization=self._config.quantization,
             vocab_size=checkpoint.vocab_size,
             max_model_len=self._max_model_len,
             bos_token_id=checkpoint.bos_token_id,

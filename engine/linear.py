@@ -72,16 +72,12 @@ class RowLinear:
     Args:
         weight: [out_features, in_features].
         bias: [out_features] or None.
+        pack: lays the weight out; by default as it is, for the fastest kernel.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, pack: Pack | None = None) -> None:
         self.out_features, self.in_features = weight.shape
-        for kernel in CPU_KERNELS if weight.device.type == "cpu" else (_plain,):
-            product = kernel(weight, bias)
-            if product is not None:
-                break
-        assert product is not None, "the plain kernel takes everything"
-        self._product = product
+        self._product, kernel = (pack or _fastest)(weight, bias)
         if weight.device.type == "cpu":
             shape, threads = (self.out_features, self.in_features), torch.get_num_threads()
             self.tiling = _shape_tiling(kernel, shape, weight.dtype, bias is not None, threads)
@@ -99,6 +95,8 @@ Product = Callable[[Tensor], Tensor]
 """[R, in_features] to [R, out_features]."""
 Kernel = Callable[[Tensor, Tensor | None], Product | None]
 """Packs a weight and a bias; None if the kernel does not suit the weight or the processor."""
+Pack = Callable[[Tensor, Tensor | None], tuple[Product, Kernel]]
+"""Packs a weight and a bias, and names the kernel whose order of summation the product has."""
 
 
 @cache
@@ -129,7 +127,17 @@ def _shape_tiling(kernel: Kernel, shape: tuple[int, int], dtype: torch.dtype, bi
     return measure_tiling(product, probe)
 
 
-def _plain(weight: Tensor, bias: Tensor | None) -> Product:
+def _fastest(weight: Tensor, bias: Tensor | None) -> tuple[Product, Kernel]:
+    for kernel in CPU_KERNELS if weight.device.type == "cpu" else (plain,):
+        product = kernel(weight, bias)
+        if product is not None:
+            break
+    assert product is not None, "the plain kernel takes everything"
+    return product, kernel
+
+
+def plain(weight: Tensor, bias: Tensor | None) -> Product:
+    """F.linear with the weight as it is."""
     return lambda x: F.linear(x, weight, bias)
 
 
@@ -172,5 +180,5 @@ def _blocked(weight: Tensor, bias: Tensor | None) -> Product | None:
     return compute
 
 
-CPU_KERNELS: tuple[Kernel, ...] = (_half, _blocked, _plain)
+CPU_KERNELS: tuple[Kernel, ...] = (_half, _blocked, plain)
 """The fastest first."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skippy.engine.attention import PassAttention
-from skippy.engine.linear import RowLinear, Tiling, common_tiling
+from skippy.engine.linear import Pack, RowLinear, Tiling, common_tiling
 from skippy.engine.tensors import TokenBatch
 
 
@@ -200,12 +200,12 @@ class _Fused:
         biases = [linear.bias.detach() for linear in self._linears if linear.bias is not None]
         return torch.cat([linear.weight.detach() for linear in self._linears]), torch.cat(biases) if biases else None
 
-    def pack(self) -> RowLinear:
+    def pack(self, pack: Pack | None = None) -> RowLinear:
         """Fuse, and give the memory of the separate matrices back."""
         weight, bias = self.parameters()
-        self.packed = RowLinear(weight, bias)
         for linear in self._linears:
             linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        self.packed = RowLinear(weight, bias, pack)
         return self.packed
 
 
@@ -479,7 +479,14 @@ class CausalLM(nn.Module):
         rows = token_ids if self._row_of_token is None else self._row_of_token[token_ids]
         return F.embedding(rows, self.lm_head.weight)
 
-    def pack(self, vocab_size: int, *, draft_ids: Tensor | None = None, keep_head_rows: bool = False) -> Tiling:
+    def pack(
+        self,
+        vocab_size: int,
+        *,
+        draft_ids: Tensor | None = None,
+        keep_head_rows: bool = False,
+        pack_layers: Pack | None = None,
+    ) -> Tiling:
         """Lay the matrices out for inference; the module cannot be trained any more.
 
         Only the first `vocab_size` rows of the head are kept: a checkpoint may pad its
@@ -490,12 +497,13 @@ class CausalLM(nn.Module):
         Args:
             draft_ids: [D] int64, the tokens of `draft_logits`. Their rows of the head come first
                 from now on, so that a view of it, and no copy, is what drafts read.
+            pack_layers: lays out the matrices of the layers, as in `RowLinear`.
         """
         packed = []
         for layer in self.model.layers:
             assert isinstance(layer, DecoderLayer)
             fused = (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down)
-            packed += [matrices.pack() for matrices in fused]
+            packed += [matrices.pack(pack_layers) for matrices in fused]
             layer.self_attn.pack_norms()
         head = self.lm_head.weight.detach()[:vocab_size]
         sizes = [vocab_size]

@@ -1,8 +1,8 @@
 """The naive oracle: what the engine must emit, computed in the plainest way.
 
-No cache, no batch, no draft, no packing: every token costs a pass over all that precedes
-it. Only the definition of the noise is shared with the fast path. It is slow, and meant
-for tests and for reading.
+No cache, no batch, no draft, no packing except of a model that is quantised: every token
+costs a pass over all that precedes it. Only the definition of the noise is shared with the
+fast path. It is slow, and meant for tests and for reading.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _DenseAttention:
 
 @torch.inference_mode()
 def reference_logits(model: CausalLM, tokens: Sequence[int]) -> Tensor:
-    """Logits of every position, [len(tokens), vocabulary] float32. The model is not packed."""
+    """Logits of every position, [len(tokens), vocabulary] float32. Only a quantised model is packed."""
     count = len(tokens)
     batch = TokenBatch(
         token_ids=torch.tensor(tokens),

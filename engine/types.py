@@ -207,6 +207,7 @@ class EngineInfo:
     """The folder that holds tokenizer.json and its config."""
     device: str
     dtype: str
+    quantization: str
     vocab_size: int
     max_model_len: int
     bos_token_id: int | None

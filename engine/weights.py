@@ -63,6 +63,13 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise CheckpointError(
             f"{path} holds a {architecture(raw)}, which is not supported; supported: {', '.join(FAMILIES)}."
         )
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise CheckpointError(
+            f"{path} holds weights quantised by {method or 'an unnamed method'}, which cannot be read; supported: the "
+            "same model unquantised, with --quantization int8 or nf4."
+        )
     generation = _read_json(path / "generation_config.json", required=False)
     tokens = _tokenizer_size(path)
     try:

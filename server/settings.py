@@ -26,6 +26,7 @@ CONFIG_VARIABLE = "SKIPPY_CONFIG"
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "int8", "nf4"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _ENGINE_FIELDS = tuple(field.name for field in fields(EngineConfig))
@@ -68,6 +69,11 @@ class Settings(BaseModel):
         default=_ENGINE_DEFAULTS.device, description="where the model runs; auto takes CUDA where it is"
     )
     dtype: Dtype = Field(default=_ENGINE_DEFAULTS.dtype, description="type of the weights and activations")
+    quantization: Quantization = Field(
+        default=_ENGINE_DEFAULTS.quantization,
+        description="how the layers' weights are held: none as they are, int8 in 8 bits, nf4 in 4.5; other tokens than "
+        "without it, the same with every drafter",
+    )
     max_model_len: int | None = Field(
         default=_ENGINE_DEFAULTS.max_model_len,
         description="longest prompt plus output, in tokens; unset: the model's limit",

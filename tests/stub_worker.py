@@ -133,6 +133,7 @@ def info(max_model_len: int = 256, model_path: Path = BUILTIN) -> EngineInfo:
         model_path=str(model_path),
         device="cpu",
         dtype="float32",
+        quantization="none",
         vocab_size=8192,
         max_model_len=max_model_len,
         bos_token_id=EOS,

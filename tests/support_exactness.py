@@ -18,8 +18,11 @@ from support_engine import (
 )
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams, StepStats
+from skippy.engine.config import Quantization
+from skippy.engine.model import CausalLM
+from skippy.engine.quant import pack_as
 from skippy.engine.reference import reference_generate
-from skippy.engine.weights import load_model, open_checkpoint
+from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
 MAX_TOKENS = 24
 MODES: dict[str, SamplingParams] = {
@@ -73,10 +76,18 @@ def requests(params: SamplingParams, drafter: str, widths: Sequence[int] = (4,))
 Answers = dict[str, dict[tuple[str, int], list[int]]]
 
 
+def naive_model(checkpoint: Checkpoint, quantization: Quantization = "none") -> CausalLM:
+    """What the naive reference runs: packed only if it is quantised."""
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"), checkpoint.config.max_position_embeddings)
+    if quantization != "none":
+        model.pack(checkpoint.vocab_size, pack_layers=pack_as(quantization))
+    return model
+
+
 def reference_answers(folder: Path, modes: Sequence[str] = tuple(MODES)) -> Answers:
     """What the naive reference emits, by mode and choice; none of it by a near tie."""
     checkpoint = open_checkpoint(str(folder))
-    naive = load_model(checkpoint, torch.float32, torch.device("cpu"), checkpoint.config.max_position_embeddings)
+    naive = naive_model(checkpoint)
     answers: Answers = {}
     for mode in modes:
         params = MODES[mode]

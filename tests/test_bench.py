@@ -222,7 +222,7 @@ class TestRecord:
         assert record["model_sha256"] == hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
         adapter = (model / "s3d" / "adapter.safetensors").read_bytes()
         assert record["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
-        assert record.keys() >= {"device", "dtype", "threads", "torch", "skippy"}
+        assert record.keys() >= {"device", "dtype", "quantization", "threads", "torch", "skippy"}
 
     def test_the_table(self, lines: list[str]) -> None:
         assert lines[0] == "3 prompts, 24 tokens each, temperature 0.0"

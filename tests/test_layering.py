@@ -51,7 +51,7 @@ FORBIDDEN = [
     ("skippy.engine.sampling", ("skippy.engine.model",), ()),
     ("skippy", ("skippy.engine.bench",), ("skippy.engine.bench",)),
     ("skippy.server", ("skippy.engine.run_bench", "skippy.engine.BenchOptions"), ("skippy.server.cli",)),
-    ("skippy", ("bitsandbytes",), ()),
+    ("skippy", ("bitsandbytes",), ("skippy.engine.quant",)),
     ("skippy", ("engine", "server"), ()),
 ]
 
@@ -152,6 +152,10 @@ def test_the_server_process_never_loads_torch() -> None:
 def test_what_is_pure_stays_pure_with_all_it_imports() -> None:
     loaded = loaded_after(f"import {', '.join(f'skippy.engine.{name}' for name in WITHOUT_TORCH)}")
     assert not loaded & {"torch", "transformers", "fastapi", "pydantic"}
+
+
+def test_a_model_that_is_not_quantised_does_not_load_bitsandbytes() -> None:
+    assert "bitsandbytes" not in loaded_after("from skippy.engine import Engine, EngineConfig; Engine(EngineConfig())")
 
 
 def test_serving_loads_nothing_of_training() -> None:

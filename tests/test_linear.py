@@ -122,10 +122,10 @@ def cancelling(outputs: int, inputs: int, dtype: torch.dtype) -> tuple[RowLinear
     return RowLinear(weight), rows
 
 
-@pytest.fixture(params=["_half", "_blocked", "_plain"])
+@pytest.fixture(params=["_half", "_blocked", "plain"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kernel in turn; what it does not take goes to the plain one."""
-    monkeypatch.setattr(linear, "CPU_KERNELS", (getattr(linear, request.param), linear._plain))
+    monkeypatch.setattr(linear, "CPU_KERNELS", (getattr(linear, request.param), linear.plain))
 
 
 SHAPES = [(64, 64), (256, 704), (1408, 256), (97, 33)]

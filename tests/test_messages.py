@@ -51,6 +51,7 @@ INFO = EngineInfo(
     model_path="/models/builtin",
     device="cpu",
     dtype="float32",
+    quantization="none",
     vocab_size=97,
     max_model_len=256,
     bos_token_id=None,
