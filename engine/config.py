@@ -22,6 +22,7 @@ class EngineConfig:
     """
 
     model: str = BUILTIN_MODEL
+    revision: str | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     max_model_len: int | None = None

@@ -144,7 +144,9 @@ class _Fused:
         return torch.cat([linear.weight.detach() for linear in self._linears]), torch.cat(biases) if biases else None
 
     def pack(self) -> RowLinear:
-        """Fuse, and give the memory of the separate matrices back."""
+        """Fuse, and give the memory of the separate matrices back; once is enough."""
+        if self.packed is not None:
+            return self.packed
         weight, bias = self.parameters()
         self.packed = RowLinear(weight, bias)
         for linear in self._linears:
@@ -357,6 +359,13 @@ class CausalLM(nn.Module):
         rows = token_ids if self._row_of_token is None else self._row_of_token[token_ids]
         return F.embedding(rows, self.lm_head.weight)
 
+    def pack_layer(self, layer: int) -> list[RowLinear]:
+        """Lay the matrices of one layer out for inference, where that is not done yet."""
+        decoder = self.model.layers[layer]
+        assert isinstance(decoder, DecoderLayer)
+        fused = (decoder.self_attn.qkv, decoder.self_attn.out, decoder.mlp.gate_up, decoder.mlp.down)
+        return [matrices.pack() for matrices in fused]
+
     def pack(self, vocab_size: int, *, draft_ids: Tensor | None = None, keep_head_rows: bool = False) -> Tiling:
         """Lay the matrices out for inference; the module cannot be trained any more.
 
@@ -369,11 +378,7 @@ class CausalLM(nn.Module):
             draft_ids: [D] int64, the tokens of `draft_logits`. Their rows of the head come first
                 from now on, so that a view of it, and no copy, is what drafts read.
         """
-        packed = []
-        for layer in self.model.layers:
-            assert isinstance(layer, DecoderLayer)
-            fused = (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down)
-            packed += [matrices.pack() for matrices in fused]
+        packed = [matrices for layer in range(self.config.num_hidden_layers) for matrices in self.pack_layer(layer)]
         head = self.lm_head.weight.detach()[:vocab_size]
         sizes = [vocab_size]
         if draft_ids is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skippy.engine import BUILTIN_MODEL, CheckpointError
 from skippy.engine.model import CausalLM
-from skippy.engine.weights import Checkpoint, load_model, open_checkpoint, resolve
+from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -114,10 +114,6 @@ class TestConfig:
         assert (checkpoint.path / "model.safetensors").is_file()
         assert checkpoint.eos_token_ids == (0,)
         assert checkpoint.vocab_size == 8192
-
-    def test_a_folder_may_stand_in_the_home_directory(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("HOME", str(folder.parent))
-        assert resolve(f"~/{folder.name}") == folder
 
 
 class TestLoading:
@@ -220,7 +216,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no vocabulary": (write("tokenizer.json", '{"model": {}}'), r"tokenizer\.json is not a usable tokenizer.*vocab"),
     "no tokens": (write("tokenizer.json", '{"model": {"vocab": {}}}'), r"tokenizer\.json is not a usable tokenizer"),
     "no weights": (without("model.safetensors"), r"tiny has no model\.safetensors\.$"),
-    "pickled weights": (as_pickle, r"tiny has no model\.safetensors; pickled \.bin weights are not read"),
+    "pickled weights": (as_pickle, r"no model\.safetensors, but pickled .*_model\.bin.* can run any code"),
     "lost shard": (
         write(INDEX, '{"weight_map": {"lm_head.weight": "lost.safetensors"}}'),
         r"tiny has no lost\.safetensors",
@@ -250,18 +246,6 @@ def test_damage_is_told_with_the_file_that_has_it(folder: Path, damage: Callable
         load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value), "one line, for a terminal"
-
-
-@pytest.mark.parametrize("model", ["no/such/model", "LlamaForCausalLM"])
-def test_a_folder_that_is_not_there_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=f"no model folder '{model}'"):
-        open_checkpoint(model)
-
-
-def test_a_file_is_no_folder(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no model folder .*model\.safetensors"):
-        open_checkpoint(str(folder / "model.safetensors"))
 
 
 def test_the_tiny_checkpoint_is_sound(folder: Path) -> None:
