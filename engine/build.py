@@ -14,7 +14,7 @@ from skippy.engine.config import EngineConfig
 from skippy.engine.errors import ConfigError
 from skippy.engine.kv import KVPool
 from skippy.engine.loading import Report
-from skippy.engine.memory import available_bytes
+from skippy.engine.memory import available_bytes, return_freed
 from skippy.engine.model import CausalLM
 from skippy.engine.runner import Runner
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
@@ -65,11 +65,13 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
         if adapter is not None and device.type == "cpu" and not adapter.config.fused:
             adapter.fold(model, layer)
         model.pack_layer(layer)
+        return_freed()
 
     model = load_model(checkpoint, dtype, device, wanted_len, finish_layer=finish_layer, report=report)
     reads_head_rows = adapter is not None and adapter.head is not None and not shape.tie_word_embeddings
     draft_ids = adapter.draft_ids if adapter else None
     tiling = model.pack(checkpoint.vocab_size, draft_ids=draft_ids, keep_head_rows=reads_head_rows)
+    return_freed()
     block_bytes = (
         2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
     )

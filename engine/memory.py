@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 from contextlib import suppress
@@ -38,6 +39,15 @@ def available_bytes() -> int:
     if limit is not None and taken is not None:
         found.append(limit - taken)
     return max(0, min((number for number in found if number is not None), default=0))
+
+
+def return_freed() -> None:
+    """Give memory that this process freed back to the system.
+
+    The C library keeps the holes that are left between what stays; a load would leave as many as the model is large.
+    """
+    with suppress(AttributeError):  # other C libraries than glibc do without
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _number(pattern: str, file: str, unit: int = 1) -> int | None:

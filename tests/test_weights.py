@@ -215,7 +215,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer": (write("tokenizer.json", "{"), r"tokenizer\.json is not valid JSON"),
     "no vocabulary": (write("tokenizer.json", '{"model": {}}'), r"tokenizer\.json is not a usable tokenizer.*vocab"),
     "no tokens": (write("tokenizer.json", '{"model": {"vocab": {}}}'), r"tokenizer\.json is not a usable tokenizer"),
-    "no weights": (without("model.safetensors"), r"tiny has no model\.safetensors\.$"),
+    "no weights": (without("model.safetensors"), r"tiny has no model\.safetensors; maybe its weights are pickled"),
     "pickled weights": (as_pickle, r"no model\.safetensors, but pickled .*_model\.bin.* can run any code"),
     "lost shard": (
         write(INDEX, '{"weight_map": {"lm_head.weight": "lost.safetensors"}}'),
