@@ -96,23 +96,26 @@ def stream(
                 report(done, sum(sizes))
 
         for i, file in enumerate(files):
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        if name in seen:
-                            raise CheckpointError(f"{file} holds {name!r}, which another shard holds, too.")
-                        seen.add(name)
-                        if is_wanted(file, name):
-                            stored = _checked(shard.get_tensor(name), file, name)
-                            # Converted on the device, or else the host would hold the result as well.
-                            yield file, name, stored.to(device).to(dtype, copy=device.type == "cpu")
-                            advance(done + stored.nbytes)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}. Is the download complete?") from error
+            for name, stored in _read(file, is_wanted, seen):
+                # Converted on the device, or else the host would hold the result as well.
+                yield file, name, stored.to(device).to(dtype, copy=device.type == "cpu")
+                advance(done + stored.nbytes)
             advance(sum(sizes[: i + 1]))
 
 
-def _checked(stored: Tensor, file: Path, name: str) -> Tensor:
-    if not stored.is_floating_point() or stored.element_size() < 2:
-        raise CheckpointError(f"{file} holds {name!r} as {stored.dtype}: quantised, in an unknown way.")
-    return stored
+def _read(file: Path, is_wanted: Callable[[Path, str], bool], seen: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """The names and values of the wanted tensors of a file, in its own type and mapped."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if name in seen:
+                    raise CheckpointError(f"{file} holds {name!r}, which another shard holds, too.")
+                seen.add(name)
+                if not is_wanted(file, name):
+                    continue
+                stored = shard.get_tensor(name)
+                if not stored.is_floating_point() or stored.element_size() < 2:
+                    raise CheckpointError(f"{file} holds {name!r} as {stored.dtype}: quantised, in an unknown way.")
+                yield name, stored
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}. Is the download complete?") from error
