@@ -143,7 +143,7 @@ def _half(weight: Tensor, bias: Tensor | None) -> Product | None:
     if weight.dtype != torch.float32 or "fbgemm" not in torch.backends.quantized.supported_engines:
         return None
     # In parts, because what is computed of a whole head would take more memory than the head.
-    if any(_differs_in_half(part) for part in weight.split(1024)):
+    if any(_differs_in_half(part) for part in torch.split(weight, 1024)):
         return None
     packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
     # The operator itself: what wraps it looks for traced objects, which shows in a small product's time.

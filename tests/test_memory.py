@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from skippy.engine import memory
 from skippy.engine.memory import available_bytes, peak_bytes, return_freed
 
 FILES = {
@@ -28,7 +27,7 @@ def available_with(monkeypatch: pytest.MonkeyPatch, **changes: str | None) -> in
             raise FileNotFoundError(path)
         return text
 
-    monkeypatch.setattr(memory.Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "read_text", read_text)
     return available_bytes()
 
 

@@ -217,8 +217,9 @@ class TestAuto:
     def test_it_leaves_the_choice_to_the_engine_wherever_it_is_written(self, config: Path, name: str) -> None:
         config.write_text(f"{name}: 7\n")
         assert getattr(load({}, {}, str(config)).settings.engine_config(), name) == 7
-        for layers in (({}, {variable_of(name): "auto"}), ({name: Value("auto", "flag")}, {})):
-            resolved = load(*layers, str(config))
+        by_variable = load({}, {variable_of(name): "auto"}, str(config))
+        by_flag = load({name: Value("auto", "--flag")}, {}, str(config))
+        for resolved in (by_variable, by_flag):
             assert getattr(resolved.settings.engine_config(), name) is None
             assert resolved.origins[name] != str(config)
         config.write_text(f"{name}: auto\n")

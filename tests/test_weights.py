@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support_engine import TINY_CONFIG, write_checkpoint
+from support_engine import TINY_CONFIG, shard_checkpoint, write_checkpoint
 from torch import Tensor
 
-from skippy.engine import BUILTIN_MODEL, CheckpointError
+from skippy.engine import BUILTIN_MODEL, CheckpointError, weights
 from skippy.engine.model import CausalLM
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
@@ -199,6 +199,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "binary config": (write("config.json", b"\xff\xfe\x00"), r"config\.json is not valid JSON"),
     "config is a list": (write("config.json", "[1]"), r"config\.json does not hold a JSON object"),
     "foreign": (config(architectures=["GPT2LMHeadModel"]), r"tiny.*GPT2LMHeadModel.*LlamaForCausalLM"),
+    "own code": (
+        config(architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "own.OwnForCausalLM"}),
+        r"tiny.*OwnForCausalLM.*needs code of its own \(auto_map\), which Skippy never runs; supported: Llama",
+    ),
     "no architecture": (config(architectures=None), r"tiny.*not supported"),
     "architectures is a number": (config(architectures=5), r"tiny.*not supported"),
     "no sizes": (config(hidden_size=None), r"config\.json .*hidden_size"),
@@ -246,6 +250,41 @@ def test_damage_is_told_with_the_file_that_has_it(folder: Path, damage: Callable
         load(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value), "one line, for a terminal"
+
+
+def test_code_beside_a_known_architecture_is_not_run(folder: Path) -> None:
+    change_config(folder, auto_map={"AutoModelForCausalLM": "own.LlamaForCausalLM"})
+    (folder / "own.py").write_text("raise SystemExit")
+    assert load(folder).max_len == 16
+
+
+class TestHub:
+    @pytest.fixture
+    def downloads(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, list[str]]]:
+        """What is downloaded behind the small files of a model that is in `folder`."""
+        asked: list[tuple[str, str | None, list[str]]] = []
+        monkeypatch.setattr(weights, "find_model", lambda _name, _revision: folder)
+        monkeypatch.setattr(weights, "download", lambda *what: asked.append(what))
+        return asked
+
+    @pytest.mark.parametrize("shards", [1, 3])
+    def test_weights_come_from_the_same_commit(
+        self, folder: Path, shards: int, downloads: list[tuple[str, str | None, list[str]]]
+    ) -> None:
+        if shards > 1:
+            shard_checkpoint(folder, shards)
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        assert len(names) == shards
+        assert open_checkpoint("owner/model", "v1").path == folder
+        assert downloads == [("owner/model", folder.name, names)]
+
+    def test_weights_that_cannot_be_used_are_not_downloaded(
+        self, folder: Path, downloads: list[tuple[str, str | None, list[str]]]
+    ) -> None:
+        change_config(folder, architectures=["GPT2LMHeadModel"])
+        with pytest.raises(CheckpointError, match="GPT2LMHeadModel"):
+            open_checkpoint("owner/model")
+        assert downloads == []
 
 
 def test_the_tiny_checkpoint_is_sound(folder: Path) -> None:
