@@ -198,12 +198,14 @@ class S3DAdapter(nn.Module):
         self.draft_ids: Tensor | None  # [D] int64, the most frequent first
         self.register_buffer("draft_ids", ids)
 
-    def fold(self, model: CausalLM) -> None:
-        """Give the kept layers of a draft pass matrices of their own, LoRA included.
+    def fold(self, model: CausalLM, layer: int) -> None:
+        """Give a layer, if a draft pass keeps it, matrices of its own for that pass, LoRA included.
 
-        For a CPU, where memory is cheap and operations are dear. The model must not be packed yet.
+        For a CPU, where memory is cheap and operations are dear. The layer must not be packed yet.
         """
-        for (layer, part), low_rank in self._lora.items():
+        for (at, part), low_rank in self._lora.items():
+            if at != layer:
+                continue
             weight, bias = model.product_parameters(layer, part)
             changed = weight.float() + (low_rank.a @ low_rank.b).t().float()
             # Rounded to float16, which the fastest kernel takes; a draft need not be exact.

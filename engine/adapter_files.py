@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from skippy.engine.adapter import AdapterConfig, S3DAdapter
 from skippy.engine.errors import AdapterError
+from skippy.engine.loading import weight_files
 from skippy.engine.model import ModelConfig
-from skippy.engine.weights import Checkpoint, weight_files
+from skippy.engine.weights import Checkpoint
 
 FORMAT_VERSION = 1
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

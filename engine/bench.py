@@ -32,11 +32,11 @@ from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError
+from skippy.engine.loading import weight_files
 from skippy.engine.memory import peak_bytes, reset_peak
 from skippy.engine.prompts import read_prompts
 from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.types import DraftCounts, Request, SamplingParams, StepOutput
-from skippy.engine.weights import weight_files
 
 LOOPING_BELOW = 0.8
 """An output whose share of distinct 4-grams is below this one repeats itself."""

@@ -13,11 +13,15 @@ from skippy.engine.attention import SDPAAttention
 from skippy.engine.config import EngineConfig
 from skippy.engine.errors import ConfigError
 from skippy.engine.kv import KVPool
+from skippy.engine.loading import Report
+from skippy.engine.memory import available_bytes, return_freed
+from skippy.engine.model import CausalLM
 from skippy.engine.quant import pack_as
 from skippy.engine.runner import Runner
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
 CPU_KV_BYTES = 256 * 2**20
+"""Of a cache in the host's memory, unless one sequence of full length needs more and the memory is there."""
 CUDA_RESERVE_BYTES = 512 * 2**20
 """Left for activations and the allocator's rounding on a GPU."""
 
@@ -32,8 +36,11 @@ class Build:
     adapter: S3DAdapter | None
 
 
-def build(config: EngineConfig) -> Build:
+def build(config: EngineConfig, report: Report | None = None) -> Build:
     """Load the model and lay out the cache.
+
+    Args:
+        report: is told how much of the model is read.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -43,7 +50,7 @@ def build(config: EngineConfig) -> Build:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config)
-    checkpoint = open_checkpoint(config.model)
+    checkpoint = open_checkpoint(config.model, config.revision)
     dtype = _dtype(config, checkpoint, device)
     shape = checkpoint.config
     wanted_len = config.max_model_len or shape.max_position_embeddings
@@ -51,31 +58,37 @@ def build(config: EngineConfig) -> Build:
         raise ConfigError(
             f"max_model_len {wanted_len} exceeds the {shape.max_position_embeddings} positions of the model."
         )
-    model = load_model(checkpoint, dtype, device, wanted_len)
     adapter = None
     if config.adapter is not None or config.drafter != "none":
         adapter = find_adapter(checkpoint, config.adapter, dtype, device)
+
     pack_layers = pack_as(config.quantization)
-    # Folded matrices of their own would take the memory that quantisation saves.
-    if adapter is not None and device.type == "cpu" and not adapter.config.fused and pack_layers is None:
-        adapter.fold(model)
+
+    def finish_layer(model: CausalLM, layer: int) -> None:
+        # Folded matrices of their own would take the memory that quantisation saves.
+        if adapter is not None and device.type == "cpu" and not adapter.config.fused and pack_layers is None:
+            adapter.fold(model, layer)
+        model.pack_layer(layer, pack_layers)
+        return_freed()
+
+    model = load_model(checkpoint, dtype, device, wanted_len, finish_layer=finish_layer, report=report)
     reads_head_rows = adapter is not None and adapter.head is not None and not shape.tie_word_embeddings
     draft_ids = adapter.draft_ids if adapter else None
     tiling = model.pack(
         checkpoint.vocab_size, draft_ids=draft_ids, keep_head_rows=reads_head_rows, pack_layers=pack_layers
     )
+    return_freed()
     block_bytes = (
         2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
     )
     num_blocks = _num_blocks(config, wanted_len, block_bytes, device)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
-    if max_model_len < wanted_len:
-        if config.max_model_len is not None:
-            raise ConfigError(
-                f"max_model_len {wanted_len} needs {-(-wanted_len // config.block_size)} KV blocks, and the cache has "
-                f"{num_blocks}: raise kv_cache_memory_bytes or lower max_model_len."
-            )
-        logger.info("context %d of %d: the cache is no larger", max_model_len, wanted_len)
+    if config.max_model_len is not None and max_model_len < wanted_len:
+        raise ConfigError(
+            f"max_model_len {wanted_len:,} needs {-(-wanted_len // config.block_size):,} KV blocks, and the cache has "
+            f"{num_blocks:,}: at most {max_model_len:,} fits, which auto takes; or raise kv_cache_memory_bytes."
+        )
+    logger.info("context %s of %s", f"{max_model_len:,}", f"{shape.max_position_embeddings:,}")
     pool = KVPool(
         shape.num_hidden_layers,
         num_blocks,
@@ -127,7 +140,8 @@ def _num_blocks(config: EngineConfig, max_len: int, block_bytes: int, device: to
     if config.kv_cache_memory_bytes is not None:
         budget = config.kv_cache_memory_bytes
     elif device.type == "cpu":
-        budget = CPU_KV_BYTES
+        longest = (-(-max_len // config.block_size) + 1) * block_bytes
+        budget = max(CPU_KV_BYTES, min(longest, available_bytes() // 2))
     else:
         free, total = torch.cuda.mem_get_info(device)
         budget = int(free - (1.0 - config.gpu_memory_utilization) * total) - CUDA_RESERVE_BYTES

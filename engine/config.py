@@ -23,6 +23,7 @@ class EngineConfig:
     """
 
     model: str = BUILTIN_MODEL
+    revision: str | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     quantization: Quantization = "none"

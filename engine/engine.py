@@ -23,6 +23,7 @@ from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
 from skippy.engine.errors import ConfigError, InvalidRequest
+from skippy.engine.loading import Report
 from skippy.engine.model import full_plan
 from skippy.engine.runner import Computed, Rows
 from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
@@ -51,6 +52,9 @@ DEFAULT_SPECULATIVE_TOKENS = 4
 class Engine:
     """Serves requests with one model on one device. Not thread-safe: one caller, step by step.
 
+    Args:
+        report: is told how much of the model is read.
+
     Attributes:
         info: what was loaded.
         drafters: those that requests may name.
@@ -61,13 +65,13 @@ class Engine:
         ConfigError: the configuration cannot be met on this machine.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, report: Report | None = None) -> None:
         if (config.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
             raise ConfigError(
                 f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {config.num_speculative_tokens}."
             )
         self._config = config
-        built = build(config)
+        built = build(config, report)
         self.runner = built.runner
         self._checkpoint = built.checkpoint
         self._max_model_len = built.max_model_len

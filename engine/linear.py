@@ -150,7 +150,8 @@ def _half(weight: Tensor, bias: Tensor | None) -> Product | None:
     """
     if weight.dtype != torch.float32 or "fbgemm" not in torch.backends.quantized.supported_engines:
         return None
-    if (weight.abs() > torch.finfo(torch.float16).max).any() or (weight - weight.half().float()).abs().max() > 2**-25:
+    # In parts, because what is computed of a whole head would take more memory than the head.
+    if any(_differs_in_half(part) for part in torch.split(weight, 1024)):
         return None
     packed = torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), bias)
     # The operator itself: what wraps it looks for traced objects, which shows in a small product's time.
@@ -161,6 +162,11 @@ def _half(weight: Tensor, bias: Tensor | None) -> Product | None:
         return y
 
     return compute
+
+
+def _differs_in_half(weight: Tensor) -> bool:
+    too_large = (weight.abs() > torch.finfo(torch.float16).max).any()
+    return bool(too_large or (weight - weight.half().float()).abs().max() > 2**-25)
 
 
 def _blocked(weight: Tensor, bias: Tensor | None) -> Product | None:

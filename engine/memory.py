@@ -1,7 +1,8 @@
-"""The peak of this process' memory, or of its memory on a GPU."""
+"""How much memory there is, and the peak of what this process took of it, or of that of a GPU."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 from contextlib import suppress
@@ -26,8 +27,31 @@ def peak_bytes(device: str) -> int:
     """The most since the last reset: what tensors took on a GPU, else the resident memory of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
+    peak = _number(r"^VmHWM:\s*(\d+) kB$", "/proc/self/status", 1024)
+    return peak if peak is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_bytes() -> int:
+    """What this process can still take without swapping, of the machine or of its container; 0 if nothing tells."""
+    found = [_number(r"^MemAvailable:\s*(\d+) kB$", "/proc/meminfo", 1024)]
+    limit = _number(r"^(\d+)$", "/sys/fs/cgroup/memory.max")
+    taken = _number(r"^anon (\d+)$", "/sys/fs/cgroup/memory.stat")  # memory.current counts what can be dropped, too
+    if limit is not None and taken is not None:
+        found.append(limit - taken)
+    return max(0, min((number for number in found if number is not None), default=0))
+
+
+def return_freed() -> None:
+    """Give memory that this process freed back to the system.
+
+    The C library keeps the holes that are left between what stays; a load would leave as many as the model is large.
+    """
+    with suppress(AttributeError):  # other C libraries than glibc do without
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _number(pattern: str, file: str, unit: int = 1) -> int | None:
     with suppress(OSError):
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        found = re.search(pattern, Path(file).read_text(), re.MULTILINE)
+        return int(found[1]) * unit if found else None
+    return None

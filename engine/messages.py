@@ -36,6 +36,13 @@ class Abort(msgspec.Struct, tag=True):
     index: int | None = None
 
 
+class Loading(msgspec.Struct, tag=True):
+    """How many bytes of the model are read, and of how many."""
+
+    done: int
+    total: int
+
+
 class Ready(msgspec.Struct, tag=True):
     info: EngineInfo
 
@@ -51,7 +58,7 @@ class Fatal(msgspec.Struct, tag=True):
 
 
 Command = Start | Add | Abort
-Event = Ready | Stepped | Fatal
+Event = Loading | Ready | Stepped | Fatal
 
 
 def encode(message: Command | Event) -> bytes:

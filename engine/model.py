@@ -201,7 +201,9 @@ class _Fused:
         return torch.cat([linear.weight.detach() for linear in self._linears]), torch.cat(biases) if biases else None
 
     def pack(self, pack: Pack | None = None) -> RowLinear:
-        """Fuse, and give the memory of the separate matrices back."""
+        """Fuse, and give the memory of the separate matrices back; once is enough."""
+        if self.packed is not None:
+            return self.packed
         weight, bias = self.parameters()
         for linear in self._linears:
             linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
@@ -479,6 +481,14 @@ class CausalLM(nn.Module):
         rows = token_ids if self._row_of_token is None else self._row_of_token[token_ids]
         return F.embedding(rows, self.lm_head.weight)
 
+    def pack_layer(self, layer: int, pack: Pack | None = None) -> list[RowLinear]:
+        """Lay the matrices of one layer out for inference, as `RowLinear` does, where that is not done yet."""
+        decoder = self.model.layers[layer]
+        assert isinstance(decoder, DecoderLayer)
+        fused = (decoder.self_attn.qkv, decoder.self_attn.out, decoder.mlp.gate_up, decoder.mlp.down)
+        decoder.self_attn.pack_norms()
+        return [matrices.pack(pack) for matrices in fused]
+
     def pack(
         self,
         vocab_size: int,
@@ -497,14 +507,10 @@ class CausalLM(nn.Module):
         Args:
             draft_ids: [D] int64, the tokens of `draft_logits`. Their rows of the head come first
                 from now on, so that a view of it, and no copy, is what drafts read.
-            pack_layers: lays out the matrices of the layers, as in `RowLinear`.
+            pack_layers: lays out the layers that are not laid out yet, as in `RowLinear`.
         """
-        packed = []
-        for layer in self.model.layers:
-            assert isinstance(layer, DecoderLayer)
-            fused = (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down)
-            packed += [matrices.pack(pack_layers) for matrices in fused]
-            layer.self_attn.pack_norms()
+        layers = range(self.config.num_hidden_layers)
+        packed = [matrices for layer in layers for matrices in self.pack_layer(layer, pack_layers)]
         head = self.lm_head.weight.detach()[:vocab_size]
         sizes = [vocab_size]
         if draft_ids is not None:

@@ -1,21 +1,22 @@
-"""From a Hugging Face folder to a model."""
+"""From a Hugging Face folder, or a name on the hub, to a model."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from skippy.engine.config import BUILTIN_MODEL
 from skippy.engine.errors import CheckpointError
 from skippy.engine.families import FAMILIES, architecture, parameter_names, parameters, parse_config, text_config
+from skippy.engine.hub import download, find_model, local_folder
+from skippy.engine.loading import Report, stream, weight_files, weight_names
 from skippy.engine.model import CausalLM, ModelConfig
 
 UNUSABLE = (ArithmeticError, KeyError, TypeError, ValueError)
@@ -37,31 +38,35 @@ class Checkpoint:
     """Tokens that can be chosen: without the rows that pad the embedding."""
 
 
-def resolve(model: str) -> Path:
-    """The folder of a model name.
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
+    """Find a model and read its configuration; of a model on the hub, download what is not there.
+
+    Args:
+        model: a folder, or the name of a model on the hub.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: there is no such folder.
+        CheckpointError: the model, or something in its folder, is missing, damaged or unsupported.
     """
-    path = Path(str(files("skippy.engine") / "builtin")) if model == BUILTIN_MODEL else Path(os.path.expanduser(model))
-    if not path.is_dir():
-        raise CheckpointError(
-            f"There is no model folder {str(path)!r} (and {BUILTIN_MODEL!r} names the built-in model)."
-        )
-    return path
+    path = find_model(model, revision)
+    checkpoint = read_checkpoint(path)
+    # Only now, because weights of a kind that is not supported would be downloaded in vain.
+    if local_folder(model) is None:
+        download(model, path.name, weight_names(path))
+    return checkpoint
 
 
-def open_checkpoint(model: str) -> Checkpoint:
-    """Read the configuration of a model folder.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the configuration of a model folder; the weights need not be there.
 
     Raises:
         CheckpointError: the folder, or something in it, is missing, damaged or unsupported.
     """
-    path = resolve(model)
     raw = _read_json(path / "config.json", required=True)
     if architecture(raw) not in FAMILIES:
+        own_code = " and needs code of its own (auto_map), which Skippy never runs" if "auto_map" in raw else ""
         raise CheckpointError(
-            f"{path} holds a {architecture(raw)}, which is not supported; supported: {', '.join(FAMILIES)}."
+            f"{path} holds a {architecture(raw)}, which is not supported{own_code}; supported: {', '.join(FAMILIES)}."
         )
     quantised = raw.get("quantization_config")
     if quantised:
@@ -90,87 +95,88 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise CheckpointError(f"{path / 'config.json'} is not a usable configuration: {error!r}.") from error
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, max_len: int) -> CausalLM:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+    *,
+    finish_layer: Callable[[CausalLM, int], object] | None = None,
+    report: Report | None = None,
+) -> CausalLM:
     """The model of a checkpoint, in `dtype` on `device`, not yet packed.
+
+    Args:
+        finish_layer: called with the model and the number of a layer that is complete. Packing it then, one at a
+            time, needs less memory than packing them all in the end.
+        report: is told how much is read.
 
     Raises:
         CheckpointError: a tensor is missing, left over, of the wrong shape or cannot be read.
     """
     with torch.device("meta"):
         model = CausalLM(checkpoint.config, max_len)
-    wanted = dict(model.state_dict())
-    if checkpoint.config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    loaded, file_of = _read_tensors(checkpoint, wanted, dtype, device)
-    for name, tensor in wanted.items():
-        if name not in loaded:
-            raise CheckpointError(f"{checkpoint.path} lacks the tensor {name!r}.")
-        if loaded[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{file_of[name]} holds {name!r} in shape {list(loaded[name].shape)}, and config.json implies "
-                f"{list(tensor.shape)}."
-            )
-    if checkpoint.config.tie_word_embeddings:
-        loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
-    model.load_state_dict(loaded, assign=True)
     try:
         model.prepare_rope(dtype, device)
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint.path / 'config.json'}: unusable rotary settings: {error!r}.") from error
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if checkpoint.config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+    missing = dict.fromkeys(wanted)
+    missing_of_layer = Counter(map(_layer_of, wanted))
+    for file, stored, tensor in _read_tensors(checkpoint, wanted, dtype, device, report):
+        for name, value in parameters(stored, tensor, checkpoint.config):
+            if value.shape != wanted[name]:
+                raise CheckpointError(
+                    f"{file} holds {stored!r} in shape {list(tensor.shape)}, and config.json implies "
+                    f"{list(wanted[name])} of {name!r}."
+                )
+            module, _, kind = name.rpartition(".")
+            setattr(model.get_submodule(module), kind, nn.Parameter(value, requires_grad=False))
+            del missing[name]
+        del tensor, value
+        layer = _layer_of(name)
+        missing_of_layer[layer] -= len(parameter_names(stored))
+        if finish_layer is not None and layer is not None and not missing_of_layer[layer]:
+            finish_layer(model, layer)
+    for name in missing:
+        raise CheckpointError(f"{checkpoint.path} lacks the tensor {name!r}.")
     if checkpoint.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(False).eval()
 
 
+def _layer_of(name: str) -> int | None:
+    """The layer that a parameter belongs to, if it belongs to one."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 def _read_tensors(
-    checkpoint: Checkpoint, wanted: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
-) -> tuple[dict[str, torch.Tensor], dict[str, Path]]:
-    """The wanted tensors of every weight file, and the file that each came from."""
-    loaded: dict[str, torch.Tensor] = {}
-    file_of: dict[str, Path] = {}
-    for file in weight_files(checkpoint.path):
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    names = parameter_names(name)
-                    if names and all(part in wanted for part in names):
-                        tensor = shard.get_tensor(name)
-                        if not tensor.is_floating_point():
-                            raise CheckpointError(
-                                f"{file} holds {name!r} as {tensor.dtype}: quantised, in an unknown way."
-                            )
-                        for part, value in parameters(name, tensor.to(dtype), checkpoint.config):
-                            loaded[part], file_of[part] = value, file
-                    elif names and not _ignorable(names[0], checkpoint):
-                        raise CheckpointError(
-                            f"{file} holds {name!r}, which no model of this configuration has: is it of another kind?"
-                        )
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}. Is the download complete?") from error
-    return loaded, file_of
+    checkpoint: Checkpoint,
+    wanted: Container[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    report: Report | None,
+) -> Iterator[tuple[Path, str, Tensor]]:
+    """The file, name and value of every wanted tensor."""
+
+    def is_wanted(file: Path, stored: str) -> bool:
+        names = parameter_names(stored)
+        of_model = bool(names) and all(name in wanted for name in names)
+        if names and not of_model and not _ignorable(names[0], checkpoint):
+            raise CheckpointError(
+                f"{file} holds {stored!r}, which no model of this configuration has: is it of another kind?"
+            )
+        return of_model
+
+    return stream(weight_files(checkpoint.path), is_wanted, dtype, device, report)
 
 
 def _ignorable(name: str, checkpoint: Checkpoint) -> bool:
     tied_copy = name == "lm_head.weight" and checkpoint.config.tie_word_embeddings
     return tied_copy or name.endswith("rotary_emb.inv_freq")
-
-
-def weight_files(path: Path) -> list[Path]:
-    index_file = path / "model.safetensors.index.json"
-    index = _read_json(index_file, required=False)
-    names = ["model.safetensors"]
-    if index:
-        try:
-            names = sorted({str(name) for name in index["weight_map"].values()})
-        except (KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index_file} is not a usable index: {error!r}.") from error
-    for name in names:
-        if not (path / name).is_file():
-            pickles = (
-                "; pickled .bin weights are not read, because they can run code" if list(path.glob("*.bin")) else ""
-            )
-            raise CheckpointError(f"{path} has no {name}{pickles}.")
-    return [path / name for name in names]
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:

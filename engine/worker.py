@@ -17,7 +17,19 @@ from dataclasses import replace
 from skippy.engine.config import EngineConfig
 from skippy.engine.engine import Engine
 from skippy.engine.errors import InvalidRequest, SkippyError
-from skippy.engine.messages import Abort, Add, Command, Event, Fatal, FrameReader, Ready, Start, Stepped, encode
+from skippy.engine.messages import (
+    Abort,
+    Add,
+    Command,
+    Event,
+    Fatal,
+    FrameReader,
+    Loading,
+    Ready,
+    Start,
+    Stepped,
+    encode,
+)
 from skippy.engine.types import DraftCounts, SequenceOutput, StepOutput
 
 READ_BYTES = 1 << 16
@@ -41,7 +53,7 @@ class Worker:
         try:
             config, early = self._await_start()
             try:
-                engine = Engine(_leave_a_core(config))
+                engine = Engine(_leave_a_core(config), lambda done, total: self._send(Loading(done, total)))
             except SkippyError as error:
                 self._send(Fatal(str(error)))
                 return 2

@@ -31,7 +31,14 @@ from skippy.server.settings_docs import description_of
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 
-_METAVARS = {"integer": "N", "number": "X", "bytes": "BYTES", "text": "TEXT"}
+_METAVARS = {
+    "integer": "N",
+    "number": "X",
+    "bytes": "BYTES",
+    "text": "TEXT",
+    "integer|auto": "N|auto",
+    "bytes|auto": "BYTES|auto",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +224,7 @@ _ENGINE_SETTINGS = tuple(field.name for field in fields(EngineConfig))
 _BENCH_SETTINGS = tuple(name for name in _ENGINE_SETTINGS if name not in ("drafter", "enable_prefix_caching"))
 
 # The rest is of no use to a training, or an option of it.
-_TRAIN_SETTINGS = ("model", "device", "dtype", "num_threads")
+_TRAIN_SETTINGS = ("model", "revision", "device", "dtype", "num_threads")
 
 COMMANDS = {
     "serve": Command("answer OpenAI API requests over HTTP", _serve, settings=setting_names()),

@@ -15,7 +15,19 @@ from typing import Self, cast
 import msgspec
 
 from skippy.engine import EngineConfig, EngineDead, EngineInfo, Request, SequenceOutput, StepStats
-from skippy.engine.messages import Abort, Add, Command, Event, Fatal, FrameReader, Ready, Start, Stepped, encode
+from skippy.engine.messages import (
+    Abort,
+    Add,
+    Command,
+    Event,
+    Fatal,
+    FrameReader,
+    Loading,
+    Ready,
+    Start,
+    Stepped,
+    encode,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +114,14 @@ class AsyncEngineClient:
 
     Attributes:
         info: what was loaded; None before the engine is ready.
+        loaded: the share of the model that is read, from 0 to 1; None before its size is known.
         dead: why no request can be served any more; None while the engine lives.
         on_step: called with the stats of every step, in order; must not block.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.info: EngineInfo | None = None
+        self.loaded: float | None = None
         self.dead: str | None = None
         self.on_step: Callable[[StepStats], object] = _ignore
         self._process = process
@@ -233,6 +247,8 @@ class AsyncEngineClient:
                     if inbox is not None:
                         inbox.put_nowait(sequence)
                 self.on_step(output.stats)
+            case Loading(done, total):
+                self.loaded = done / max(1, total)
             case Ready(info):
                 self.info = info
                 self._settled.set()

@@ -23,7 +23,9 @@ def router(serving: Serving, metrics: Metrics) -> APIRouter:
         if serving.failure is not None:
             return json_response({"status": "dead", "reason": serving.failure}, 503)
         if serving.loading:
-            return json_response({"status": "loading", "reason": "The model is still loading."}, 503)
+            progress = serving.client.loaded
+            answer = {"status": "loading", "reason": "The model is still loading.", "progress": progress}
+            return json_response(answer, 503)
         return json_response({"status": "ok"})
 
     @routes.get("/version")

@@ -51,7 +51,13 @@ def parse_bytes(text: object) -> object:
     return int(size)
 
 
+def parse_auto(value: object) -> object:
+    """None, with which the engine chooses, for `auto`."""
+    return None if value == "auto" else value
+
+
 ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
+Auto = BeforeValidator(parse_auto)
 
 
 class Settings(BaseModel):
@@ -63,7 +69,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(
-        default=_ENGINE_DEFAULTS.model, description="folder of a Hugging Face checkpoint, or the built-in model"
+        default=_ENGINE_DEFAULTS.model,
+        description="folder of a Hugging Face checkpoint, its name on the hub (owner/model), or the built-in model",
+    )
+    revision: str | None = Field(
+        default=_ENGINE_DEFAULTS.revision,
+        description="branch, tag or commit of a model on the hub; unset: its main branch",
     )
     device: Device = Field(
         default=_ENGINE_DEFAULTS.device, description="where the model runs; auto takes CUDA where it is"
@@ -74,9 +85,9 @@ class Settings(BaseModel):
         description="how the layers' weights are held: none as they are, int8 in 8 bits, nf4 in 4.5; other tokens than "
         "without it, the same with every drafter",
     )
-    max_model_len: int | None = Field(
+    max_model_len: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.max_model_len,
-        description="longest prompt plus output, in tokens; unset: the model's limit",
+        description="longest prompt plus output, in tokens; auto: the longest that the model can and the cache holds",
     )
     max_num_seqs: int = Field(
         default=_ENGINE_DEFAULTS.max_num_seqs, description="most sequences that run at the same time"
@@ -86,13 +97,13 @@ class Settings(BaseModel):
         description="token budget of one step; longer prompts go in chunks",
     )
     block_size: int = Field(default=_ENGINE_DEFAULTS.block_size, description="tokens per block of the KV cache")
-    kv_cache_memory_bytes: ByteSize | None = Field(
+    kv_cache_memory_bytes: Annotated[ByteSize | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.kv_cache_memory_bytes,
-        description="size of the KV cache, as 512MiB or 4G; unset: what fits",
+        description="size of the KV cache, as 512MiB or 4G; auto: what fits",
     )
     gpu_memory_utilization: float = Field(
         default=_ENGINE_DEFAULTS.gpu_memory_utilization,
-        description="share of the GPU's memory to use when the cache size is unset",
+        description="share of the GPU's memory to use when the cache size is auto",
     )
     enable_prefix_caching: bool = Field(
         default=_ENGINE_DEFAULTS.enable_prefix_caching, description="reuse the KV cache of prompts that begin alike"
@@ -106,14 +117,14 @@ class Settings(BaseModel):
         default=_ENGINE_DEFAULTS.adapter,
         description="folder of an adapter for s3d and hybrid; unset: the folder s3d in the model's, if there is one",
     )
-    num_speculative_tokens: int | None = Field(
+    num_speculative_tokens: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_speculative_tokens,
-        description="tokens drafted per step and sequence; unset: s3d and hybrid measure while serving how many pay, "
+        description="tokens drafted per step and sequence; auto: s3d and hybrid measure while serving how many pay, "
         "none included, and ngram drafts 4",
     )
-    num_threads: int | None = Field(
+    num_threads: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_threads,
-        description="CPU threads of the engine; unset: all cores, one less when serving",
+        description="CPU threads of the engine; auto: all cores, one less when serving",
     )
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
@@ -269,19 +280,22 @@ def kind_of(name: str) -> str:
     annotation: Any = Settings.model_fields[name].annotation
     if get_origin(annotation) in (Union, UnionType):
         annotation = next(part for part in get_args(annotation) if part is not type(None))
-    if annotation is ByteSize:
-        return "bytes"
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
-    names = {bool: "true|false", int: "integer", float: "number", str: "text"}
-    return names[annotation]
+    names = {bool: "true|false", int: "integer", float: "number", str: "text", ByteSize: "bytes"}
+    return names[annotation] + ("|auto" if takes_auto(name) else "")
+
+
+def takes_auto(name: str) -> bool:
+    """Whether `auto` leaves the choice to the engine."""
+    return Auto in Settings.model_fields[name].metadata
 
 
 def default_text(name: str) -> str:
     """The default as a user would write it; empty when it is unset."""
     default = Settings.model_fields[name].default
     if default is None:
-        return ""
+        return "auto" if takes_auto(name) else ""
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 

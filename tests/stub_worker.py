@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import cast
 
 from skippy.engine import DraftCounts, EngineInfo, Request, SequenceOutput, StepOutput, StepStats, TokenLogprobs
-from skippy.engine.messages import Abort, Add, Command, Event, Fatal, FrameReader, Ready, Start, Stepped, encode
+from skippy.engine.messages import (
+    Abort,
+    Add,
+    Command,
+    Event,
+    Fatal,
+    FrameReader,
+    Loading,
+    Ready,
+    Start,
+    Stepped,
+    encode,
+)
 from skippy.engine.types import FinishReason
 
 BUILTIN = Path(__file__).parents[1] / "engine" / "builtin"
@@ -184,6 +196,7 @@ def main() -> int:
             for command in reader.feed(data):
                 match cast(Command, command):
                     case Start():
+                        send(Loading(1, 4))
                         time.sleep(options.load_seconds)
                         if options.fatal:
                             send(Fatal(options.fatal))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from skippy.engine import Engine, Request, SequenceOutput, StepStats
 from skippy.engine.adapter import AdapterConfig, S3DAdapter
@@ -57,6 +57,20 @@ def write_checkpoint(folder: Path, **changes: Any) -> Path:
     if config["tie_word_embeddings"]:
         del state["lm_head.weight"]
     save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def shard_checkpoint(folder: Path, shards: int, dtype: torch.dtype = torch.float32) -> Path:
+    """Cut the weights of a checkpoint into shards of about the same size, with an index."""
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    total, before, index = sum(tensor.nbytes for tensor in tensors.values()), 0, {}
+    for name, tensor in tensors.items():
+        index[name] = f"model-{before * shards // total + 1:05}-of-{shards:05}.safetensors"
+        before += tensor.nbytes
+    for file in set(index.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if index[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return folder
 
 

@@ -251,7 +251,8 @@ def test_folding_changes_a_draft_by_no_more_than_rounding(tmp_path: Path) -> Non
     checkpoint = open_checkpoint(str(base))
     model = load_model(checkpoint, torch.float32, torch.device("cpu"), 8)
     adapter = random_adapter(base, scale=0.2).requires_grad_(False)
-    adapter.fold(model)
+    for layer in range(checkpoint.config.num_hidden_layers):
+        adapter.fold(model, layer)
     assert adapter.folded
     for (layer, part), product in adapter.folded.items():
         weight, bias = model.product_parameters(layer, part)

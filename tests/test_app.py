@@ -70,8 +70,9 @@ def health(url: str) -> httpx.Response:
 
 def test_loading_is_told_and_nothing_is_served(server_with: ServerFactory) -> None:
     with server_with("--load-seconds", "30") as server:
-        answer = health(server.url)
-        assert (answer.status_code, answer.json()["status"]) == (503, "loading")
+        while (answer := health(server.url)).json().get("progress") is None:
+            assert (answer.status_code, answer.json()["status"]) == (503, "loading")
+        assert answer.json() == {"status": "loading", "reason": "The model is still loading.", "progress": 0.25}
         for path in ("/v1/models", "/v1/models/builtin"):
             answer = httpx.get(server.url + path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_loading")

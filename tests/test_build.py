@@ -76,6 +76,15 @@ class TestCache:
         assert pool.num_blocks == blocks, "one more takes what padding rows write"
         assert budget - BLOCK_BYTES < pool.num_bytes <= budget
 
+    def test_one_sequence_of_full_length_may_have_half_of_what_the_host_has_left(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("skippy.engine.build.CPU_KV_BYTES", 3 * BLOCK_BYTES)
+        for available, blocks in ((0, 2), (10 * BLOCK_BYTES, 4), (18 * BLOCK_BYTES, 8), (1000 * BLOCK_BYTES, 8)):
+            monkeypatch.setattr("skippy.engine.build.available_bytes", lambda available=available: available)
+            assert build_with(folder).runner.pool.num_blocks == blocks
+            assert build_with(folder).max_model_len == 32 * blocks
+
     def test_the_cpu_has_an_allowance_of_its_own(self, folder: Path) -> None:
         pool = build_with(folder, max_num_seqs=100_000, max_num_batched_tokens=100_000).runner.pool
         assert CPU_KV_BYTES - BLOCK_BYTES < pool.num_bytes <= CPU_KV_BYTES
@@ -105,8 +114,20 @@ class TestContext:
             assert build_with(folder, kv_cache_memory_bytes=4 * BLOCK_BYTES).max_model_len == 3 * 32
         assert "context 96 of 256" in caplog.text
 
+    def test_thousands_are_set_apart(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = write_checkpoint(tmp_path, max_position_embeddings=131_072)
+        with caplog.at_level(logging.INFO, "skippy.engine"):
+            built = build_with(folder, kv_cache_memory_bytes=976 * BLOCK_BYTES)
+        assert built.max_model_len == 31_200
+        assert "context 31,200 of 131,072" in caplog.text
+
+    def test_it_is_said_where_all_of_it_fits(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO, "skippy.engine"):
+            build_with(folder)
+        assert "context 256 of 256" in caplog.text
+
     def test_asked_for_it_does_not_shrink(self, folder: Path) -> None:
-        with pytest.raises(ConfigError, match="max_model_len 100 needs 4 KV blocks, and the cache has 3"):
+        with pytest.raises(ConfigError, match="100 needs 4 KV blocks, and the cache has 3: at most 96 fits"):
             build_with(folder, kv_cache_memory_bytes=4 * BLOCK_BYTES, max_model_len=100)
         built = build_with(folder, kv_cache_memory_bytes=4 * BLOCK_BYTES, max_model_len=96)
         assert built.max_model_len == 96

@@ -12,11 +12,12 @@ import pytest
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams, Tokenizer
 from skippy.engine.adapter_files import fingerprint
 from skippy.engine.config import BUILTIN_MODEL
-from skippy.engine.weights import open_checkpoint, resolve
+from skippy.engine.hub import find_model
+from skippy.engine.weights import open_checkpoint
 
 TESTS = Path(__file__).parent
 HUMANEVAL = TESTS.parents[1] / "shared" / "data" / "HumanEval.jsonl"
-ADAPTER = resolve(BUILTIN_MODEL) / "s3d"
+ADAPTER = find_model(BUILTIN_MODEL) / "s3d"
 
 
 @pytest.fixture(scope="module")

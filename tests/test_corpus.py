@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from skippy.engine import BUILTIN_MODEL, ConfigError, Tokenizer
+from skippy.engine.hub import find_model
 from skippy.engine.training.corpus import HELD_OUT_BY, Exclusion, Sources, is_held_out, is_permissive, load_tokens
 from skippy.engine.training.display import Display
-from skippy.engine.weights import resolve
 
-TOKENIZER = resolve(BUILTIN_MODEL) / "tokenizer.json"
+TOKENIZER = find_model(BUILTIN_MODEL) / "tokenizer.json"
 SOURCE = "# a module of some length, which is not to be left out because it is short\n" * 4
 
 

@@ -23,7 +23,9 @@ WITHOUT_TORCH = (
     "drafters.ngram",
     "drafters.none",
     "errors",
+    "hub",
     "messages",
+    "progress",
     "prompts",
     "scheduler",
     "sequence",
@@ -52,6 +54,8 @@ FORBIDDEN = [
     ("skippy", ("skippy.engine.bench",), ("skippy.engine.bench",)),
     ("skippy.server", ("skippy.engine.run_bench", "skippy.engine.BenchOptions"), ("skippy.server.cli",)),
     ("skippy", ("bitsandbytes",), ("skippy.engine.quant",)),
+    # Nothing else asks the network for anything.
+    ("skippy", ("huggingface_hub",), ("skippy.engine.hub", "skippy.engine.progress")),
     ("skippy", ("engine", "server"), ()),
 ]
 

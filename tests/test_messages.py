@@ -16,6 +16,7 @@ from skippy.engine.messages import (
     Event,
     Fatal,
     FrameReader,
+    Loading,
     Ready,
     Start,
     Stepped,
@@ -79,6 +80,7 @@ OUTPUT = SequenceOutput(
 )
 STATS = StepStats(verify_seconds=0.25, running=3, accepted_per_pos=[2, 1], accepted_per_step=[2, 1, 0])
 EVENTS: list[Event] = [
+    Loading(0, 2**40),
     Ready(INFO),
     Stepped(StepOutput([OUTPUT], STATS)),
     Stepped(StepOutput([], StepStats())),

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from skippy.engine import BUILTIN_MODEL, ConfigError, Engine, EngineConfig
+from skippy.engine.hub import find_model
 from skippy.engine.reference import reference_logits
 from skippy.engine.training import pretrain
 from skippy.engine.training.causal_attention import ROWS, causal_attention
@@ -30,7 +31,7 @@ from skippy.engine.training.grow import grow, layer_origins, new_model
 from skippy.engine.training.pretrain import main
 from skippy.engine.training.pretrainer import Pretrainer, PretrainOptions, learning_rate_share
 from skippy.engine.training.spans import FimTokens, Spans, held_out_spans
-from skippy.engine.weights import load_model, open_checkpoint, resolve
+from skippy.engine.weights import load_model, open_checkpoint
 
 CPU = torch.device("cpu")
 TEXT = [(7 * i * i + 3) % 97 for i in range(40)]
@@ -224,7 +225,7 @@ def base(tmp_path: Path) -> Path:
     """A tiny model with the built-in one's tokenizer."""
     folder = write_checkpoint(tmp_path / "base", vocab_size=8192, hidden_size=16, intermediate_size=24)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copyfile(resolve(BUILTIN_MODEL) / name, folder / name)
+        shutil.copyfile(find_model(BUILTIN_MODEL) / name, folder / name)
     return folder
 
 

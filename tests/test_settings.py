@@ -18,6 +18,7 @@ from skippy.server.settings import (
     default_text,
     from_environment,
     from_yaml,
+    kind_of,
     load,
     nearest,
     parse_bytes,
@@ -206,6 +207,39 @@ def test_drafts_are_as_wide_as_pays_unless_a_width_is_given() -> None:
 )
 def test_commands_that_run_an_engine_take_an_adapter(command: str, takes: bool) -> None:
     assert ("adapter" in COMMANDS[command].settings) == takes
+
+
+NUMBERS_OR_AUTO = ("max_model_len", "kv_cache_memory_bytes", "num_speculative_tokens", "num_threads")
+
+
+class TestAuto:
+    @pytest.mark.parametrize("name", NUMBERS_OR_AUTO)
+    def test_it_leaves_the_choice_to_the_engine_wherever_it_is_written(self, config: Path, name: str) -> None:
+        config.write_text(f"{name}: 7\n")
+        assert getattr(load({}, {}, str(config)).settings.engine_config(), name) == 7
+        by_variable = load({}, {variable_of(name): "auto"}, str(config))
+        by_flag = load({name: Value("auto", "--flag")}, {}, str(config))
+        for resolved in (by_variable, by_flag):
+            assert getattr(resolved.settings.engine_config(), name) is None
+            assert resolved.origins[name] != str(config)
+        config.write_text(f"{name}: auto\n")
+        assert load({}, {}, str(config)).settings == Settings()
+
+    @pytest.mark.parametrize("name", NUMBERS_OR_AUTO)
+    def test_it_is_the_default_and_said_to_be_a_value(self, name: str) -> None:
+        assert default_text(name) == "auto"
+        assert kind_of(name) in ("integer|auto", "bytes|auto")
+        assert getattr(Settings(), name) is None
+
+    @pytest.mark.parametrize("name", ["port", "max_num_seqs", "block_size"])
+    def test_other_numbers_are_numbers(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=f"bad value 'auto' for {name}"):
+            load({}, {variable_of(name): "auto"})
+
+
+def test_a_revision_is_a_name_even_where_it_looks_like_a_number() -> None:
+    assert load({}, {"SKIPPY_REVISION": "42"}).settings.engine_config().revision == "42"
+    assert load({}, {"SKIPPY_REVISION": ""}).settings.revision is None
 
 
 def test_settings_do_not_change() -> None:

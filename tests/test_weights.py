@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support_engine import TINY_CONFIG, write_checkpoint
+from support_engine import TINY_CONFIG, shard_checkpoint, write_checkpoint
 from torch import Tensor
 
-from skippy.engine import BUILTIN_MODEL, CheckpointError
+from skippy.engine import BUILTIN_MODEL, CheckpointError, weights
 from skippy.engine.model import CausalLM
-from skippy.engine.weights import Checkpoint, load_model, open_checkpoint, resolve
+from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -115,10 +115,6 @@ class TestConfig:
         assert checkpoint.eos_token_ids == (0,)
         assert checkpoint.vocab_size == 8192
 
-    def test_a_folder_may_stand_in_the_home_directory(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("HOME", str(folder.parent))
-        assert resolve(f"~/{folder.name}") == folder
-
 
 class TestLoading:
     def test_every_tensor_arrives(self, folder: Path) -> None:
@@ -203,6 +199,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "binary config": (write("config.json", b"\xff\xfe\x00"), r"config\.json is not valid JSON"),
     "config is a list": (write("config.json", "[1]"), r"config\.json does not hold a JSON object"),
     "foreign": (config(architectures=["GPT2LMHeadModel"]), r"tiny.*GPT2LMHeadModel.*LlamaForCausalLM"),
+    "own code": (
+        config(architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "own.OwnForCausalLM"}),
+        r"tiny.*OwnForCausalLM.*needs code of its own \(auto_map\), which Skippy never runs; supported: Llama",
+    ),
     "no architecture": (config(architectures=None), r"tiny.*not supported"),
     "architectures is a number": (config(architectures=5), r"tiny.*not supported"),
     "no sizes": (config(hidden_size=None), r"config\.json .*hidden_size"),
@@ -219,8 +219,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer": (write("tokenizer.json", "{"), r"tokenizer\.json is not valid JSON"),
     "no vocabulary": (write("tokenizer.json", '{"model": {}}'), r"tokenizer\.json is not a usable tokenizer.*vocab"),
     "no tokens": (write("tokenizer.json", '{"model": {"vocab": {}}}'), r"tokenizer\.json is not a usable tokenizer"),
-    "no weights": (without("model.safetensors"), r"tiny has no model\.safetensors\.$"),
-    "pickled weights": (as_pickle, r"tiny has no model\.safetensors; pickled \.bin weights are not read"),
+    "no weights": (without("model.safetensors"), r"tiny has no model\.safetensors; maybe its weights are pickled"),
+    "pickled weights": (as_pickle, r"no model\.safetensors, but pickled .*_model\.bin.* can run any code"),
     "lost shard": (
         write(INDEX, '{"weight_map": {"lm_head.weight": "lost.safetensors"}}'),
         r"tiny has no lost\.safetensors",
@@ -252,16 +252,39 @@ def test_damage_is_told_with_the_file_that_has_it(folder: Path, damage: Callable
     assert "\n" not in str(caught.value), "one line, for a terminal"
 
 
-@pytest.mark.parametrize("model", ["no/such/model", "LlamaForCausalLM"])
-def test_a_folder_that_is_not_there_is_named(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=f"no model folder '{model}'"):
-        open_checkpoint(model)
+def test_code_beside_a_known_architecture_is_not_run(folder: Path) -> None:
+    change_config(folder, auto_map={"AutoModelForCausalLM": "own.LlamaForCausalLM"})
+    (folder / "own.py").write_text("raise SystemExit")
+    assert load(folder).max_len == 16
 
 
-def test_a_file_is_no_folder(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no model folder .*model\.safetensors"):
-        open_checkpoint(str(folder / "model.safetensors"))
+class TestHub:
+    @pytest.fixture
+    def downloads(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, list[str]]]:
+        """What is downloaded behind the small files of a model that is in `folder`."""
+        asked: list[tuple[str, str | None, list[str]]] = []
+        monkeypatch.setattr(weights, "find_model", lambda _name, _revision: folder)
+        monkeypatch.setattr(weights, "download", lambda *what: asked.append(what))
+        return asked
+
+    @pytest.mark.parametrize("shards", [1, 3])
+    def test_weights_come_from_the_same_commit(
+        self, folder: Path, shards: int, downloads: list[tuple[str, str | None, list[str]]]
+    ) -> None:
+        if shards > 1:
+            shard_checkpoint(folder, shards)
+        names = sorted(file.name for file in folder.glob("*.safetensors"))
+        assert len(names) == shards
+        assert open_checkpoint("owner/model", "v1").path == folder
+        assert downloads == [("owner/model", folder.name, names)]
+
+    def test_weights_that_cannot_be_used_are_not_downloaded(
+        self, folder: Path, downloads: list[tuple[str, str | None, list[str]]]
+    ) -> None:
+        change_config(folder, architectures=["GPT2LMHeadModel"])
+        with pytest.raises(CheckpointError, match="GPT2LMHeadModel"):
+            open_checkpoint("owner/model")
+        assert downloads == []
 
 
 def test_the_tiny_checkpoint_is_sound(folder: Path) -> None:

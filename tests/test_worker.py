@@ -15,7 +15,19 @@ import pytest
 from support_engine import write_checkpoint
 
 from skippy.engine import EngineConfig, Request, SamplingParams
-from skippy.engine.messages import Abort, Add, Command, Event, Fatal, FrameReader, Ready, Start, Stepped, encode
+from skippy.engine.messages import (
+    Abort,
+    Add,
+    Command,
+    Event,
+    Fatal,
+    FrameReader,
+    Loading,
+    Ready,
+    Start,
+    Stepped,
+    encode,
+)
 from skippy.engine.types import SequenceOutput
 from skippy.engine.worker import Worker
 
@@ -54,6 +66,14 @@ class Process:
                 return None
             self._received += self._frames.feed(data)  # type: ignore[arg-type]
         return self._received.pop(0)
+
+    def ready(self) -> tuple[list[Loading], Ready]:
+        """What it says while it loads, and in the end."""
+        told: list[Loading] = []
+        while isinstance(event := self.receive(), Loading):
+            told.append(event)
+        assert isinstance(event, Ready)
+        return told, event
 
     def outputs(self) -> list[SequenceOutput]:
         event = self.receive()
@@ -121,8 +141,9 @@ def loaded(config: EngineConfig) -> Iterator[Process]:
     """A worker that serves."""
     with worker() as process:
         process.send(Start(config))
-        ready = process.receive()
-        assert isinstance(ready, Ready)
+        loading, ready = process.ready()
+        assert [event.done for event in loading] == sorted(event.done for event in loading)
+        assert loading[-1].done == loading[-1].total == (Path(config.model) / "model.safetensors").stat().st_size
         assert ready.info.model == config.model
         assert ready.info.max_model_len == 256
         yield process
@@ -211,7 +232,7 @@ class TestEnds:
     def test_closing_the_pipe_ends_it_in_the_middle_of_a_request(self, config: EngineConfig) -> None:
         with worker() as process:
             process.send(Start(config), Add(request("a", max_tokens=250)))
-            assert isinstance(process.receive(), Ready)
+            process.ready()
             assert process.outputs()
             process.hang_up()
             rest: list[Event] = []

@@ -30,6 +30,7 @@ from torch import Tensor
 from skippy.engine.build import choose_device
 from skippy.engine.config import EngineConfig
 from skippy.engine.errors import ConfigError, SkippyError, TrainingError
+from skippy.engine.loading import weight_files
 from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.training.corpus import KINDS, SEPARATOR, TOKENS, Sources, load_tokens
 from skippy.engine.training.display import Display, duration
@@ -44,7 +45,7 @@ from skippy.engine.training.files import (
 from skippy.engine.training.grow import export, grow, new_model
 from skippy.engine.training.pretrainer import Pretrainer, PretrainOptions
 from skippy.engine.training.spans import FimTokens, Spans, held_out_spans
-from skippy.engine.weights import open_checkpoint, weight_files
+from skippy.engine.weights import open_checkpoint
 
 CONSTANT = "constant.safetensors"
 """The last checkpoint before the learning rate falls."""

@@ -29,6 +29,7 @@ from skippy.engine.build import choose_device
 from skippy.engine.config import EngineConfig
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError, TrainingError
+from skippy.engine.loading import weight_files
 from skippy.engine.model import CausalLM
 from skippy.engine.prompts import Line, read_lines, read_prompts
 from skippy.engine.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ from skippy.engine.training.files import (
 )
 from skippy.engine.training.options import TrainOptions
 from skippy.engine.training.trainer import Trainer, hold_out
-from skippy.engine.weights import Checkpoint, load_model, open_checkpoint, weight_files
+from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
 EVALUATIONS = 10
 CHECKPOINT_SECONDS = 30.0
@@ -136,7 +137,7 @@ def _prepare(config: EngineConfig, options: TrainOptions, folder: Path) -> _Job:
     """Find out whatever could be wrong before anything is computed."""
     if config.dtype == "float16":
         raise ConfigError("float16 has too small a range to train in; use bfloat16 or float32.")
-    checkpoint = open_checkpoint(config.model)
+    checkpoint = open_checkpoint(config.model, config.revision)
     longest = checkpoint.config.max_position_embeddings
     if options.length > longest:
         raise ConfigError(f"length {options.length} exceeds the {longest} positions of the model.")

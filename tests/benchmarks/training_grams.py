@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from skippy.engine import Tokenizer
+from skippy.engine.hub import find_model
 from skippy.engine.training.data import grams
 from skippy.engine.training.files import load_samples
-from skippy.engine.weights import resolve
 
 HASH_BYTES = 5
 
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("data")
     parser.add_argument("out")
     options = parser.parse_args()
-    tokenizer = Tokenizer.load(str(resolve(options.model)))
+    tokenizer = Tokenizer.load(find_model(options.model))
     samples, _ = load_samples(Path(options.data))
     hashes = gram_hashes(tokenizer.decode(sample.tokens) for sample in samples)
     write_hashes(Path(options.out), hashes)
