@@ -28,6 +28,8 @@ class TrainOptions:
         sequences, length: the training text, in sequences of `length` tokens.
         batch_size, anchors: sequences per step, and places in each of them that are drafted from.
         tv_share: the share of total variation in the loss, once the first quarter is over; the rest is KL.
+        gradient_checkpointing: compute the draft rows twice instead of keeping all of them for the
+            backward pass; None does so where the memory would not suffice. What is learnt is the same.
         skip_start, skip_end, num_speculative_tokens, lora_rank, head_size, bridge_rank, recurrent,
             fused: see `AdapterConfig`.
 
@@ -45,6 +47,7 @@ class TrainOptions:
     learning_rate: float = 8e-3
     tv_share: float = 0.7
     seed: int = 0
+    gradient_checkpointing: bool | None = None
     num_speculative_tokens: int = 6
     skip_start: int | None = None
     skip_end: int | None = None

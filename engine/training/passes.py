@@ -41,10 +41,15 @@ def teach(model: CausalLM, adapter: S3DAdapter, tokens: Tensor) -> Teaching:
     return Teaching(tokens, attend.cached, context.view(*shape, 2, -1), hidden.view(*shape, -1))
 
 
-def draft_rows(model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors: Tensor) -> Tensor:
+def draft_rows(
+    model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors: Tensor, *, checkpointing: bool = False
+) -> Tensor:
     """The last hidden states of the draft rows at anchors [B, A] int64, [B, A, G, hidden_size].
 
     An anchor is the place of a newest token; the place before it must exist.
+
+    Args:
+        checkpointing: see `CausalLM.forward`.
     """
     width = adapter.config.num_speculative_tokens
     batch, count = anchors.shape
@@ -57,7 +62,8 @@ def draft_rows(model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors
     context = teaching.context[sequence, anchors - 1].repeat_interleave(width, 1).flatten(0, 1)
     attend = _AnchorAttention(teaching, anchors, width)
     plan = skipping_plan(model.config, adapter.config.skip_start, adapter.config.skip_end)
-    hidden: Tensor = model(_token_batch(tokens, positions.flatten()), plan, attend, adapter.bind(context))[0]
+    rows = _token_batch(tokens, positions.flatten())
+    hidden: Tensor = model(rows, plan, attend, adapter.bind(context), checkpointing=checkpointing)[0]
     return hidden.view(batch, count, width, -1)
 
 
