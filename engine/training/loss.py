@@ -31,11 +31,8 @@ def teacher_tops(normed: Tensor, head: Head, rows_at_once: int) -> tuple[Tensor,
         normed: [R, hidden_size], last hidden states behind the model's final norm.
         rows_at_once: logits of no more rows are there at a time.
     """
-    tops = []
-    for rows in torch.split(normed, rows_at_once):
-        probs = head(rows).softmax(-1, dtype=torch.float32)
-        tops.append(probs.topk(min(TOP, probs.shape[-1]), dim=-1))
-    return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
+    tops = [_tops(head(rows)) for rows in torch.split(normed, rows_at_once)]
+    return torch.cat([ids for ids, _ in tops]), torch.cat([probs for _, probs in tops])
 
 
 def draft_loss(
@@ -59,6 +56,11 @@ def draft_loss(
 def rows_of_vocabulary(vocab_size: int) -> int:
     """How many rows of logits to have at a time."""
     return max(LEAST_ROWS, CHUNK // vocab_size)
+
+
+def _tops(logits: Tensor) -> tuple[Tensor, Tensor]:
+    probs, ids = logits.softmax(-1, dtype=torch.float32).topk(min(TOP, logits.shape[-1]), dim=-1)
+    return ids, probs
 
 
 class _DraftLoss(torch.autograd.Function):

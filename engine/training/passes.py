@@ -24,7 +24,7 @@ class Teaching:
     """What the teacher pass leaves behind."""
 
     tokens: Tensor  # [B, T] int64
-    keys_values: dict[int, Tensor]  # by layer, [B, T, 2 * kv_heads, head_dim]
+    keys_values: dict[int, tuple[Tensor, Tensor]]  # of the kept layers, each [B, kv_heads, T, head_dim]
     context: Tensor  # [B, T, 2, hidden_size], see S3DAdapter.bind
     hidden: Tensor  # [B, T, hidden_size], last and not normalised
 
@@ -76,16 +76,16 @@ class _CausalAttention:
     """Of the teacher: causal within each sequence. Keeps the keys and values of some layers."""
 
     def __init__(self, batch: int, length: int, keep: set[int]) -> None:
-        self.cached: dict[int, Tensor] = {}
+        self.cached: dict[int, tuple[Tensor, Tensor]] = {}
         self._shape = (batch, length)
         self._keep = keep
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
-        keys_values = keys_values.view(*self._shape, *keys_values.shape[1:])
+        keys, values = keys_values.view(*self._shape, *keys_values.shape[1:]).transpose(1, 2).chunk(2, 1)
         if layer in self._keep:
-            self.cached[layer] = keys_values
+            # Copies: what comes in is a view of the queries, too, and draft rows want them in this order.
+            keys, values = self.cached[layer] = keys.contiguous(), values.contiguous()
         queries = queries.view(*self._shape, *queries.shape[1:]).transpose(1, 2)
-        keys, values = keys_values.transpose(1, 2).chunk(2, 1)
         group = queries.shape[1] // keys.shape[1]  # query head h reads KV head h % kv_heads
         out = F.scaled_dot_product_attention(
             queries, keys.repeat(1, group, 1, 1), values.repeat(1, group, 1, 1), is_causal=True
@@ -110,7 +110,7 @@ class _AnchorAttention:
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         batch, count, width = self._shape
-        past_keys, past_values = self._teaching.keys_values[layer].transpose(1, 2).chunk(2, 1)  # [B, kv_heads, T, D]
+        past_keys, past_values = self._teaching.keys_values[layer]  # [B, kv_heads, T, D]
         kv_heads, length, dim = past_keys.shape[1:]
         group = queries.shape[1] // kv_heads
         # [B, kv_heads, A, group, G, D]
