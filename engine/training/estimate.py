@@ -10,7 +10,7 @@ between them, which on any processor waits for memory:
 
 and its memory is what stays (weights, adapter, its gradient and moments, what the teacher pass
 leaves behind) plus the larger of what the forward and backward passes hold at their peaks.
-Counted are the operations of `passes`, `loss` and `model` as they stand;
+Evaluations are left out. Counted are the operations of `passes`, `loss` and `model` as they stand;
 `tests/benchmarks/training_cost.py` holds the result against what is measured.
 """
 
@@ -19,17 +19,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
+from math import comb, prod
 from typing import NamedTuple
 
-import torch
-
-from skippy.engine.adapter import AdapterConfig, S3DAdapter, named_sizes, part_shapes
+from skippy.engine.adapter import AdapterConfig, part_shapes, part_sizes
 from skippy.engine.model import ModelConfig
 from skippy.engine.training.data import AT_ONCE
 from skippy.engine.training.loss import rows_of_vocabulary
-from skippy.engine.training.options import TrainOptions
+from skippy.engine.training.options import TrainOptions, num_parameters
 
 FLOAT = 4
 """Bytes of a float32: of the adapter, its gradient and moments, and of probabilities."""
@@ -124,9 +122,7 @@ def estimate(base: ModelConfig, adapter: AdapterConfig, options: TrainOptions, p
 class _Shape:
     """The numbers that the formula is made of. "Row" is a row of the pass in question."""
 
-    def __init__(
-        self, base: ModelConfig, adapter: AdapterConfig, options: TrainOptions, precision: Precision
-    ) -> None:
+    def __init__(self, base: ModelConfig, adapter: AdapterConfig, options: TrainOptions, precision: Precision) -> None:
         self.options, self.precision = options, precision
         self.width, self.length = adapter.num_speculative_tokens, options.length
         self.teacher_rows = options.batch_size * options.length
@@ -144,10 +140,8 @@ class _Shape:
         self.embeddings = base.vocab_size * base.hidden_size * (1 if base.tie_word_embeddings else 2)
         self.head_weights = base.vocab_size * base.hidden_size
         self.bridged, self.head_size = adapter.bridge_rank > 0, adapter.head_size
-        with torch.device("meta"):
-            sizes = dict(named_sizes(S3DAdapter(adapter, base)))
-        self.lora, self.adapter = sizes["lora"], sum(sizes.values())
-        self.ends = sizes.get("bridge", 0) + sizes.get("head", 0)
+        sizes = part_sizes(adapter, base)
+        self.lora, self.ends, self.adapter = sizes["lora"], sizes["bridge"] + sizes["head"], sum(sizes.values())
 
     def products(self, rows: float, layers: int) -> Work:
         """The base's matrices of some layers, applied to rows (or to gradients of them)."""
@@ -174,10 +168,10 @@ class _Shape:
 
 
 def _expected_places(length: int, anchors: int, width: int) -> float:
-    """Distinct places of a sequence that the rows behind random anchors ask the teacher about."""
-    free = length - width
-    missed = prod(max(0, free - width - i) / (free - i) for i in range(anchors))
-    return min(free + width, (free + width) * (1 - missed))
+    """Distinct places of a sequence that the rows behind random anchors ask the teacher about, on average."""
+    free = length - width  # places for an anchor, of which `near` are too near before a place to miss it
+    nears = (min(place, width, free, length - place) for place in range(1, length))
+    return sum(1 - comb(free - near, anchors) / comb(free, anchors) for near in nears)
 
 
 # --- time --------------------------------------------------------------------------------------------------------
@@ -196,10 +190,11 @@ class _Moved(NamedTuple):
 
 NORMS = 2
 """Per layer."""
-# Counted operation by operation in `DecoderLayer`, `RMSNorm`, `BoundAdapter` and `passes`; a sum of two is 3.
+# Counted operation by operation in `DecoderLayer`, `RMSNorm`, `BoundAdapter` and `passes`: a sum of two is 3, a softmax
+# 4 (its input is read for the largest, the sum and the result), and LoRA's thin products are what they read.
 TEACHER = _Moved(norm=5, hidden=6, qkv=10, queries=6, inner=9, scores=2)
-DRAFT = _Moved(norm=5, hidden=10, qkv=14, queries=15, inner=13, scores=12)
-BACKWARD = _Moved(norm=14, hidden=21, qkv=20, queries=23, inner=20, scores=19)
+DRAFT = _Moved(norm=5, hidden=12, qkv=14, queries=16, inner=14, scores=14)
+BACKWARD = _Moved(norm=14, hidden=29, qkv=22, queries=25, inner=26, scores=19)
 
 
 def _step(s: _Shape) -> Iterator[tuple[str, Work]]:
@@ -208,7 +203,7 @@ def _step(s: _Shape) -> Iterator[tuple[str, Work]]:
     yield "teacher, attention", Work(4 * s.teacher_rows * s.queries * s.length * s.layers)
     yield "teacher, between", s.between(s.teacher_rows, s.layers, TEACHER)
     yield "teacher, head", s.head(s.judged_rows)
-    yield "teacher, likeliest tokens", Work(moved_bytes=s.judged_rows * vocab * (2 * size + FLOAT + TOPK_BYTES))
+    yield "teacher, likeliest tokens", Work(moved_bytes=s.judged_rows * vocab * (4 * size + FLOAT + TOPK_BYTES))
 
     lora, attention = Work(2 * s.draft_rows * s.lora), Work(4 * s.draft_rows * s.queries * s.past * s.kept)
     for turn in ("draft", "draft again") if s.options.gradient_checkpointing else ("draft",):
@@ -224,7 +219,7 @@ def _step(s: _Shape) -> Iterator[tuple[str, Work]]:
     yield "bridge and sequential head", Work(3 * 2 * s.draft_rows * s.ends)
     yield "draft, head", s.head(s.draft_rows)
     yield "backward, head", s.head(s.draft_rows)
-    yield "loss", Work(moved_bytes=s.draft_rows * vocab * (5 * size + 4 * FLOAT))
+    yield "loss", Work(moved_bytes=s.draft_rows * vocab * (7 * size + 4 * FLOAT))
     yield "optimizer", Work(moved_bytes=OPTIMIZER_PASSES * FLOAT * s.adapter)
 
 
@@ -288,8 +283,10 @@ def main() -> int:
     arguments = parser.parse_args()
     processor = Processor(arguments.tflops * 1e12, arguments.bandwidth_gbs * 1e9)
     available = arguments.memory_gb * 1e9 - RESERVE
-    lines = ["| model | base | checkpointing | adapter M | memory GB, predicted | fits | s per step, predicted | hours, predicted |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| model | base | checkpointing | adapter | predicted GB | fits | predicted s per step | predicted hours |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     lines += [
         _line(name, precision, checkpointing, processor, available)
         for name in LLAMAS
@@ -301,16 +298,14 @@ def main() -> int:
 
 
 def _line(name: str, precision: str, checkpointing: bool, processor: Processor, available: float) -> str:
-    base, options = LLAMAS[name], replace(TrainOptions(), gradient_checkpointing=checkpointing)
-    shape = _Shape(base, AdapterConfig(0, 0, 1, 0, 0, 0, recurrent=False), options, PRECISIONS[precision])
-    stored = 2 * (shape.layers * shape.layer_weights + shape.embeddings)
-    adapter = options.adapter_config(base, stored)
+    base, options = LLAMAS[name], TrainOptions(gradient_checkpointing=checkpointing)
+    adapter = options.adapter_config(base, 2 * num_parameters(base))
     cost = estimate(base, adapter, options, PRECISIONS[precision])
     step = cost.step_seconds(processor)
     hours = (options.steps * step + cost.text.seconds(processor)) / 3600
     numbers = cost.memory["adapter and optimizer"] / (ADAPTER_COPIES * FLOAT) / 1e6
     return (
-        f"| {name} | {precision} | {'yes' if checkpointing else 'no'} | {numbers:.1f} | {cost.peak_bytes / 1e9:.1f} "
+        f"| {name} | {precision} | {'yes' if checkpointing else 'no'} | {numbers:.1f}M | {cost.peak_bytes / 1e9:.1f} "
         f"| {'yes' if cost.peak_bytes <= available else 'no'} | {step:.2f} | {hours:.1f} |"
     )
 

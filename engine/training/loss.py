@@ -35,9 +35,7 @@ def teacher_tops(normed: Tensor, head: Head, rows_at_once: int) -> tuple[Tensor,
     return torch.cat([ids for ids, _ in tops]), torch.cat([probs for _, probs in tops])
 
 
-def draft_loss(
-    normed: Tensor, head: Head, ids: Tensor, probs: Tensor, tv_share: float, rows_at_once: int
-) -> Tensor:
+def draft_loss(normed: Tensor, head: Head, ids: Tensor, probs: Tensor, tv_share: float, rows_at_once: int) -> Tensor:
     """tv_share * TV + (1 - tv_share) * KL of every row, [R] float32. Only `normed` gets a gradient.
 
     With noise shared between drafter and verifier, or by rejection sampling, a drafted token
@@ -70,10 +68,10 @@ class _DraftLoss(torch.autograd.Function):
     def forward(
         ctx: Any, normed: Tensor, head: Head, ids: Tensor, probs: Tensor, tv_share: float, rows_at_once: int
     ) -> Tensor:
-        chunks = zip(*(torch.split(tensor, rows_at_once) for tensor in (normed, ids, probs)), strict=True)
-        losses, gradients = zip(*(_loss_and_gradient(*chunk, head, tv_share) for chunk in chunks), strict=True)
-        ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
+        parts = [torch.split(tensor, rows_at_once) for tensor in (normed, ids, probs)]
+        done = [_loss_and_gradient(rows, i, p, head, tv_share) for rows, i, p in zip(*parts, strict=True)]
+        ctx.save_for_backward(torch.cat([gradient for _, gradient in done]))
+        return torch.cat([loss for loss, _ in done])
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:

@@ -66,7 +66,7 @@ class Probe:
     def __init__(self, base: ModelConfig, rows: int, dtype: torch.dtype) -> None:
         self._x = torch.randn(rows, base.hidden_size).to(dtype)
         self._weight = torch.randn(2 * base.intermediate_size, base.hidden_size).to(dtype)
-        self._y, self._z = (torch.randn(rows, base.intermediate_size).to(dtype) for _ in range(2))
+        self._y, self._z = (torch.randn(rows, 2 * base.intermediate_size).to(dtype) for _ in range(2))
         self._flops: list[float] = []
         self._bandwidth: list[float] = []
 
@@ -138,12 +138,15 @@ def main() -> None:
                 }
                 lines.append(line)
                 print(
-                    f"| {name} | {dtype} | {'yes' if checkpointing else 'no'} | {line['gflops']:.0f} | {line['gbs']:.1f} "
+                    f"| {name} | {dtype} | {'yes' if checkpointing else 'no'} "
+                    f"| {line['gflops']:.0f} | {line['gbs']:.1f} "
                     f"| {seconds:.3f} | {line['predicted_seconds']:.3f} | {seconds / line['predicted_seconds']:.2f} "
                     f"| {peak / 1e6:.1f} | {predicted.peak_bytes / 1e6:.1f} | {peak / predicted.peak_bytes:.2f} |",
                     flush=True,
                 )
-    print(json.dumps({"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(), "steps": lines}))
+    print(
+        json.dumps({"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(), "steps": lines})
+    )
 
 
 if __name__ == "__main__":
