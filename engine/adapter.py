@@ -20,7 +20,7 @@ Verified rows never meet any of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,18 @@ def part_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         "o": (heads * head_dim, hidden),
         "gate_up": (hidden, 2 * inner),
         "down": (inner, hidden),
+    }
+
+
+def part_sizes(adapter: AdapterConfig, base: ModelConfig) -> dict[str, int]:
+    """How many numbers each part of an adapter holds."""
+    hidden, size = base.hidden_size, adapter.head_size
+    kept = base.num_hidden_layers - (adapter.skip_end - adapter.skip_start)
+    return {
+        "masks": adapter.num_masks * hidden,
+        "lora": kept * adapter.lora_rank * sum(sum(shape) for shape in part_shapes(base).values()),
+        "bridge": hidden + adapter.bridge_rank * 3 * hidden if adapter.bridge_rank else 0,
+        "head": 3 * hidden * size + size + (size * size if adapter.recurrent else 0),
     }
 
 
@@ -282,11 +294,3 @@ class BoundAdapter:
             return self._adapter.add_lora(layer, part, x, y)
         self._adapter.add_lora(layer, part, x[self._rows], y[self._rows])  # in place: no such pass is trained
         return y
-
-
-def named_sizes(adapter: S3DAdapter) -> Iterator[tuple[str, int]]:
-    """How many numbers each part holds."""
-    yield "masks", adapter.masks.numel()
-    for name, part in (("lora", adapter.lora), ("bridge", adapter.bridge), ("head", adapter.head)):
-        if part is not None:
-            yield name, sum(p.numel() for p in part.parameters())

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from skippy.engine.attention import PassAttention
 from skippy.engine.linear import Pack, RowLinear, Tiling, common_tiling
@@ -387,11 +388,16 @@ class CausalLM(nn.Module):
         attend: PassAttention,
         adapter: Adapter | None = None,
         taps: Collection[int] = (),
+        checkpointing: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the rows of `batch` through the layers of `plan`.
 
         Returns the last hidden states, not yet normalised, [N, hidden_size], and of every
         layer in `taps` the hidden states that entered it.
+
+        Args:
+            checkpointing: for the backward pass keep only what enters each layer, and compute
+                the rest a second time (arXiv 1604.06174).
         """
         x = self.embed(batch.token_ids) if adapter is None else adapter.embed(batch.token_ids, self.embed)
         rotations = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._rope_tables(x)]
@@ -402,7 +408,11 @@ class CausalLM(nn.Module):
                 x = adapter.enter(step.layer, x)
             if step.layer in taps:
                 tapped[step.layer] = x
-            x = self.model.layers[step.layer](x, step.layer, shared)
+            layer = self.model.layers[step.layer]
+            if checkpointing:
+                x = checkpoint(layer, x, step.layer, shared, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, step.layer, shared)
         end = self.config.num_hidden_layers
         if adapter is not None:
             x = adapter.enter(end, x)

@@ -198,6 +198,9 @@ _TRAIN_OPTIONS = (
     Option("learning_rate", float, "its peak", 8e-3, "X"),
     Option("tv_share", float, "share of total variation in the loss, after a first quarter of KL", 0.7, "X"),
     Option("seed", int, "seed of the text and of the training", 0),
+    Option(
+        "gradient_checkpointing", bool, "compute draft rows twice to save memory; unset: where it would not suffice"
+    ),
     Option("num_speculative_tokens", int, "most tokens that one pass drafts", 6),
     Option("skip_start", int, "first layer that a draft skips" + _FROM_MODEL),
     Option("skip_end", int, "first layer that a draft goes on with" + _FROM_MODEL),
@@ -322,7 +325,7 @@ def _add_options(parser: argparse.ArgumentParser, command: Command) -> list[argp
     for option in command.options:
         flags = (*option.short, flag_of(option.name))
         if option.parse is bool:
-            switch = argparse.BooleanOptionalAction if option.default else "store_true"
+            switch = "store_true" if option.default is False else argparse.BooleanOptionalAction
             actions.append(parser.add_argument(*flags, action=switch, default=option.default, help=option.help))
             continue
         help_text = option.help + (" (required)" if option.required else "")

@@ -18,8 +18,8 @@ from skippy.engine.adapter import (
     LowRank,
     S3DAdapter,
     SequentialHead,
-    named_sizes,
     part_shapes,
+    part_sizes,
 )
 from skippy.engine.families import parse_config
 from skippy.engine.model import CausalLM, ModelConfig
@@ -106,12 +106,12 @@ class TestShapes:
         assert adapter.bridge is None
         assert adapter.head is None
         assert adapter.masks.shape == (0, HIDDEN)
-        assert dict(named_sizes(adapter)) == {"masks": 0, "lora": 0}
+        assert sum(part_sizes(adapter.config, BASE).values()) == 0
 
     @pytest.mark.parametrize("changes", [{}, {"recurrent": False}, {"bridge_rank": 0}, {"lora_rank": 0}])
     def test_the_sizes_of_the_parts_sum_up(self, changes: dict[str, Any]) -> None:
         adapter = fresh(**changes)
-        assert sum(size for _, size in named_sizes(adapter)) == sum(p.numel() for p in adapter.parameters())
+        assert sum(part_sizes(adapter.config, BASE).values()) == sum(p.numel() for p in adapter.parameters())
 
     def test_masks_come_behind_the_vocabulary(self) -> None:
         assert fresh().mask_ids(3) == [97, 98, 99]

@@ -29,7 +29,6 @@ from skippy.engine.drafters import s3d
 from skippy.engine.errors import TrainingError
 from skippy.engine.families import parse_config
 from skippy.engine.model import CausalLM
-from skippy.engine.training import loss as loss_module
 from skippy.engine.training import trainer as trainer_module
 from skippy.engine.training.data import SHORTEST_OPENING, Sample, generate_samples, temperature_of, without_overlap
 from skippy.engine.training.display import Display
@@ -251,18 +250,15 @@ class TestRows:
 class TestLoss:
     @pytest.mark.parametrize("tv_share", [0.0, 0.7, 1.0])
     @pytest.mark.parametrize("softcap", [None, 3.0])
-    def test_value_and_gradient_are_the_textbooks(
-        self, tv_share: float, softcap: float | None, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(loss_module, "CHUNK", 97 * 4)  # several chunks, the last one smaller
+    def test_value_and_gradient_are_the_textbooks(self, tv_share: float, softcap: float | None) -> None:
         torch.manual_seed(0)
         head, teacher = torch.randn(97, 16), torch.randn(11, 16)
         drafter = torch.randn(11, 16, requires_grad=True)
-        ids, probs = teacher_tops(teacher, head, softcap)
 
         def cap(logits: Tensor) -> Tensor:
             return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
+        ids, probs = teacher_tops(teacher, lambda x: cap(x @ head.t()), rows_at_once=4)  # the last chunk is smaller
         p = cap(teacher @ head.t()).softmax(-1)
         torch.testing.assert_close(probs, p.gather(1, ids))
         assert (probs.sum(-1) > 0.8).all()
@@ -272,16 +268,16 @@ class TestLoss:
         naive = tv_share * tv + (1 - tv_share) * kl
         weights = torch.rand(11)
         (wanted,) = torch.autograd.grad((naive * weights).sum(), drafter)
-        loss = draft_loss(drafter, head, ids, probs, tv_share, softcap)
+        loss = draft_loss(drafter, lambda x: cap(x @ head.t()), ids, probs, tv_share, rows_at_once=4)
         (gradient,) = torch.autograd.grad((loss * weights).sum(), drafter)
         torch.testing.assert_close(loss, naive)
         torch.testing.assert_close(gradient, wanted)
 
     def test_a_drafter_that_is_sure_and_wrong_costs_much_but_not_infinitely(self) -> None:
         head = torch.eye(97) * 200
-        ids, probs = teacher_tops(torch.eye(97)[:3], head)
+        ids, probs = teacher_tops(torch.eye(97)[:3], lambda x: x @ head, 2)
         drafter = torch.eye(97)[3:6].clone().requires_grad_()
-        loss = draft_loss(drafter, head, ids, probs, 0.5)
+        loss = draft_loss(drafter, lambda x: x @ head, ids, probs, 0.5, 2)
         loss.sum().backward()  # type: ignore[no-untyped-call]
         assert drafter.grad is not None
         assert loss.isfinite().all()
@@ -352,7 +348,7 @@ class TestTrainer:
     ) -> None:
         seen: list[tuple[int, ...]] = []
 
-        def record(_model: CausalLM, _adapter: S3DAdapter, batch: list[Sample], *_: object) -> Tensor:
+        def record(_model: CausalLM, _adapter: S3DAdapter, batch: list[Sample], *_: object, **__: object) -> Tensor:
             seen.extend(tuple(sample.tokens) for sample in batch)
             return sum((p.sum() * 0 for p in adapter.parameters()), torch.zeros(()))
 
@@ -398,7 +394,7 @@ class TestTrainer:
         trainer = Trainer(model, trainable(adapter), samples, OPTIONS)
         before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
         monkeypatch.setattr(
-            trainer_module, "step_loss", lambda *_: sum(p.sum() for p in adapter.parameters()) * math.nan
+            trainer_module, "step_loss", lambda *_, **__: sum(p.sum() for p in adapter.parameters()) * math.nan
         )
         with pytest.raises(TrainingError, match="step 1: the loss is nan"):
             trainer.run_step()

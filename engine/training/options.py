@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
-from skippy.engine.adapter import AdapterConfig, S3DAdapter, part_shapes
+from skippy.engine.adapter import AdapterConfig, part_shapes, part_sizes
 from skippy.engine.errors import ConfigError
 from skippy.engine.model import ModelConfig
 
@@ -28,6 +26,8 @@ class TrainOptions:
         sequences, length: the training text, in sequences of `length` tokens.
         batch_size, anchors: sequences per step, and places in each of them that are drafted from.
         tv_share: the share of total variation in the loss, once the first quarter is over; the rest is KL.
+        gradient_checkpointing: compute the draft rows twice instead of keeping all of them for the
+            backward pass; None does so where the memory would not suffice. What is learnt is the same.
         skip_start, skip_end, num_speculative_tokens, lora_rank, head_size, bridge_rank, recurrent,
             fused: see `AdapterConfig`.
 
@@ -45,6 +45,7 @@ class TrainOptions:
     learning_rate: float = 8e-3
     tv_share: float = 0.7
     seed: int = 0
+    gradient_checkpointing: bool | None = None
     num_speculative_tokens: int = 6
     skip_start: int | None = None
     skip_end: int | None = None
@@ -107,7 +108,7 @@ class TrainOptions:
             raise ConfigError(f"no such adapter fits the model: {error}.") from error
         budget = adapter_budget(base, weight_bytes)
         for scale in range(SCALES, 1, -1):
-            if _num_numbers(shaped(scale), base) <= budget:
+            if sum(part_sizes(shaped(scale), base).values()) <= budget:
                 return shaped(scale)
         return shaped(1)
 
@@ -138,17 +139,13 @@ def adapter_budget(base: ModelConfig, weight_bytes: int) -> int:
 
     A tenth of the base's bytes for a small one, a hundredth from a billion parameters on.
     """
-    parameters = _num_parameters(base)
+    parameters = num_parameters(base)
     share = max(SMALLEST_SHARE, LARGEST_SHARE * min(1.0, SMALL_BASE / parameters) ** 0.5)
     return int(weight_bytes * share / 2)
 
 
-def _num_parameters(base: ModelConfig) -> int:
+def num_parameters(base: ModelConfig) -> int:
+    """Of a base, but for its norms and biases."""
     matrices = sum(rows * columns for rows, columns in part_shapes(base).values())
     embeddings = base.vocab_size * base.hidden_size * (1 if base.tie_word_embeddings else 2)
     return base.num_hidden_layers * matrices + embeddings
-
-
-def _num_numbers(config: AdapterConfig, base: ModelConfig) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in S3DAdapter(config, base).parameters())

@@ -25,7 +25,7 @@ class Teaching:
     """What the teacher pass leaves behind."""
 
     tokens: Tensor  # [B, T] int64
-    keys_values: dict[int, Tensor]  # by layer, [B, T, 2 * kv_heads, head_dim]
+    keys_values: dict[int, tuple[Tensor, Tensor]]  # of the kept layers, each [B, kv_heads, T, head_dim]
     context: Tensor  # [B, T, 2, hidden_size], see S3DAdapter.bind
     hidden: Tensor  # [B, T, hidden_size], last and not normalised
 
@@ -42,10 +42,15 @@ def teach(model: CausalLM, adapter: S3DAdapter, tokens: Tensor) -> Teaching:
     return Teaching(tokens, attend.cached, context.view(*shape, 2, -1), hidden.view(*shape, -1))
 
 
-def draft_rows(model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors: Tensor) -> Tensor:
+def draft_rows(
+    model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors: Tensor, *, checkpointing: bool = False
+) -> Tensor:
     """The last hidden states of the draft rows at anchors [B, A] int64, [B, A, G, hidden_size].
 
     An anchor is the place of a newest token; the place before it must exist.
+
+    Args:
+        checkpointing: see `CausalLM.forward`.
     """
     width = adapter.config.num_speculative_tokens
     batch, count = anchors.shape
@@ -58,7 +63,8 @@ def draft_rows(model: CausalLM, adapter: S3DAdapter, teaching: Teaching, anchors
     context = teaching.context[sequence, anchors - 1].repeat_interleave(width, 1).flatten(0, 1)
     attend = _AnchorAttention(model.config, teaching, anchors, width)
     plan = skipping_plan(model.config, adapter.config.skip_start, adapter.config.skip_end)
-    hidden: Tensor = model(_token_batch(tokens, positions.flatten()), plan, attend, adapter.bind(context))[0]
+    rows = _token_batch(tokens, positions.flatten())
+    hidden: Tensor = model(rows, plan, attend, adapter.bind(context), checkpointing=checkpointing)[0]
     return hidden.view(batch, count, width, -1)
 
 
@@ -71,18 +77,18 @@ class _CausalAttention:
     """Of the teacher: causal within each sequence. Keeps the keys and values of some layers."""
 
     def __init__(self, config: ModelConfig, batch: int, length: int, keep: set[int]) -> None:
-        self.cached: dict[int, Tensor] = {}
+        self.cached: dict[int, tuple[Tensor, Tensor]] = {}
         self._scale, self._softcap = config.attention_scale, config.attention_softcap
         self._windows = config.windows
         self._shape = (batch, length)
         self._keep = keep
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
-        keys_values = keys_values.view(*self._shape, *keys_values.shape[1:])
+        keys, values = keys_values.view(*self._shape, *keys_values.shape[1:]).transpose(1, 2).chunk(2, 1)
         if layer in self._keep:
-            self.cached[layer] = keys_values
+            # Copies: what comes in is a view of the queries, too, and draft rows want them in this order.
+            keys, values = self.cached[layer] = keys.contiguous(), values.contiguous()
         queries = queries.view(*self._shape, *queries.shape[1:]).transpose(1, 2)
-        keys, values = keys_values.transpose(1, 2).chunk(2, 1)
         group = queries.shape[1] // keys.shape[1]  # query head h reads KV head h % kv_heads
         keys, values = keys.repeat(1, group, 1, 1), values.repeat(1, group, 1, 1)
         out = self._attend(queries, keys, values, self._windows[layer])
@@ -127,7 +133,7 @@ class _AnchorAttention:
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         batch, count, width = self._shape
-        past_keys, past_values = self._teaching.keys_values[layer].transpose(1, 2).chunk(2, 1)  # [B, kv_heads, T, D]
+        past_keys, past_values = self._teaching.keys_values[layer]  # [B, kv_heads, T, D]
         kv_heads, length, dim = past_keys.shape[1:]
         group = queries.shape[1] // kv_heads
         # [B, kv_heads, A, group, G, D]

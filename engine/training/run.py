@@ -42,6 +42,7 @@ from skippy.engine.training.data import (
     without_overlap,
 )
 from skippy.engine.training.display import Display, duration
+from skippy.engine.training.estimate import Precision, estimate
 from skippy.engine.training.files import (
     CHECKPOINT,
     DATA,
@@ -59,6 +60,8 @@ from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
 EVALUATIONS = 10
 CHECKPOINT_SECONDS = 30.0
+SHARE_OF_MEMORY = 0.85
+"""That a training may fill without gradient checkpointing."""
 OF_DATA = ("model", "dtype", "data", "exclude", "sequences", "length", "seed")
 """The parts of a recipe that the training text depends on."""
 
@@ -127,6 +130,7 @@ def load_base(checkpoint: Checkpoint, config: EngineConfig, length: int) -> Caus
     model = load_model(checkpoint, dtype, choose_device(config), length)
     # A padded row of the head must never be chosen, and so never be foreseen.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight[: checkpoint.vocab_size], requires_grad=False)
+    model.lm_head.out_features = checkpoint.vocab_size
     return model
 
 
@@ -165,6 +169,7 @@ def _prepare(config: EngineConfig, options: TrainOptions, folder: Path) -> _Job:
         "data": _digest(prompts),
         "exclude": _digest(excluded),
     }
+    del recipe["gradient_checkpointing"]  # how it is computed, not what
     return _Job(config, options, folder, checkpoint, shape, prompts, excluded, recipe)
 
 
@@ -258,8 +263,29 @@ def _trainer(job: _Job, samples: list[Sample]) -> Trainer:
         adapter = S3DAdapter(job.shape, job.checkpoint.config)
     if adapter.draft_ids is not None:
         adapter.draft_ids = most_frequent(samples, len(adapter.draft_ids), job.checkpoint.vocab_size)
-    adapter.to(model.lm_head.weight.device)
-    return Trainer(model, adapter, samples, job.options)
+    device = model.model.embed_tokens.weight.device
+    adapter.to(device)
+    options = job.options
+    if options.gradient_checkpointing is None:
+        options = replace(options, gradient_checkpointing=_needs_checkpointing(model, job, device))
+    return Trainer(model, adapter, samples, options)
+
+
+def _needs_checkpointing(model: CausalLM, job: _Job, device: torch.device) -> bool:
+    """Whether a step that keeps all of the draft rows would not fit into the memory."""
+    cost = estimate(model.config, job.shape, job.options, Precision(model.model.embed_tokens.weight.itemsize))
+    # The weights are there, and need not be guessed.
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    needed: float = sum(tensors.values()) + cost.peak_bytes - cost.memory["weights"]
+    return needed > SHARE_OF_MEMORY * _total_memory(device)
+
+
+def _total_memory(device: torch.device) -> int:
+    """Bytes that a device has, in use or not."""
+    if device.type == "cuda":
+        total: int = torch.cuda.mem_get_info(device)[1]
+        return total
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(slots=True)

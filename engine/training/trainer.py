@@ -14,7 +14,7 @@ from skippy.engine.adapter import S3DAdapter
 from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.model import CausalLM
 from skippy.engine.training.data import Sample
-from skippy.engine.training.loss import draft_loss, teacher_tops
+from skippy.engine.training.loss import Head, draft_loss, rows_of_vocabulary, teacher_tops
 from skippy.engine.training.options import TrainOptions
 from skippy.engine.training.passes import draft_rows, teach
 from skippy.engine.training.walk import Walk, walk
@@ -51,7 +51,8 @@ class Trainer:
 
     Args:
         samples: of one length; the last of them are held out.
-        options: steps, batch_size, anchors, learning_rate, tv_share and seed of them matter here.
+        options: steps, batch_size, anchors, learning_rate, tv_share, seed and gradient_checkpointing of
+            them matter here.
 
     Attributes:
         step: how many steps are done.
@@ -78,7 +79,16 @@ class Trainer:
             TrainingError: the loss or its gradient is not finite; the adapter is as it was before.
         """
         generator = torch.Generator().manual_seed(self._random("places", self.step).getrandbits(63))
-        loss = step_loss(self.model, self.adapter, self._batch(), self.options.anchors, self._tv_share(), generator)
+        options = self.options
+        loss = step_loss(
+            self.model,
+            self.adapter,
+            self._batch(),
+            options.anchors,
+            self._tv_share(),
+            generator,
+            checkpointing=bool(options.gradient_checkpointing),
+        )
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), LARGEST_NORM)
@@ -173,12 +183,18 @@ def step_loss(
     anchors: int,
     tv_share: float,
     generator: torch.Generator,
+    *,
+    checkpointing: bool = False,
 ) -> Tensor:
     """The loss of one batch, a scalar. All samples are of one length.
+
+    The base's products are only applied and differentiated by their input, so it may be
+    quantised in whatever way.
 
     Args:
         anchors: places drafted from in each sample.
         generator: chooses them; on the CPU.
+        checkpointing: see `CausalLM.forward`.
     """
     device = model.model.embed_tokens.weight.device
     tokens = torch.tensor([sample.tokens for sample in samples], device=device)
@@ -187,15 +203,19 @@ def step_loss(
     teaching = teach(model, adapter, tokens)
     # Distinct places, so that no row is computed twice.
     places = torch.rand(batch, length - width, generator=generator).topk(anchors, dim=1).indices.to(device) + 1
-    hidden = draft_rows(model, adapter, teaching, places).flatten(0, 1)
+    hidden = draft_rows(model, adapter, teaching, places, checkpointing=checkpointing).flatten(0, 1)
     ahead = places[:, :, None] + torch.arange(width, device=device)  # [B, A, G]: row j follows this place
     ids, probs = _teacher_rows(model, teaching.hidden, ahead)
     previous = tokens.gather(1, ahead.flatten(1)).view(-1, width)
     corrected = corrected_rows(model, adapter, hidden, previous).flatten(0, 1)
-    head, softcap = model.lm_head.weight, model.config.logit_softcap
-    loss = draft_loss(model.normalise(corrected), head, ids, probs, tv_share, softcap)
+    rows_at_once = rows_of_vocabulary(model.config.vocab_size)
+    loss = draft_loss(model.normalise(corrected), _head(model), ids, probs, tv_share, rows_at_once)
     weights = DEPTH_DECAY ** torch.arange(width, device=device)
     return (loss.view(-1, width) @ weights).mean() / weights.sum()
+
+
+def _head(model: CausalLM) -> Head:
+    return lambda rows: model.cap(model.lm_head(rows))
 
 
 def _teacher_rows(model: CausalLM, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,8 +225,8 @@ def _teacher_rows(model: CausalLM, hidden: Tensor, places: Tensor) -> tuple[Tens
     # Drafts overlap: most places are asked for by several anchors.
     rows, inverse = torch.unique(places + of_sequence, return_inverse=True)
     with torch.no_grad():
-        normed, head = model.normalise(hidden.flatten(0, 1)[rows]), model.lm_head.weight
-        ids, probs = teacher_tops(normed, head, model.config.logit_softcap)
+        normed = model.normalise(hidden.flatten(0, 1)[rows])
+        ids, probs = teacher_tops(normed, _head(model), rows_of_vocabulary(model.config.vocab_size))
     return ids[inverse.flatten()], probs[inverse.flatten()]
 
 

@@ -56,7 +56,7 @@ def accepted_counts(model: CausalLM, adapter: S3DAdapter, sample: Sample) -> Ite
     tokens = torch.tensor([sample.tokens], device=model.model.embed_tokens.weight.device)
     teaching = teach(model, adapter, tokens)
     params = SamplingParams(temperature=sample.temperature, seed=sample.seed)
-    vocab_size = model.lm_head.weight.shape[0]
+    vocab_size = model.lm_head.out_features
     state = SamplingState(params, sample.tokens[: sample.start], sample.seed, 0, (), vocab_size, tokens.device)
     place, end = sample.start, len(sample.tokens) - width
     while place < end:
