@@ -14,6 +14,9 @@ Embeddings, norms and the head stay as they are; the matrices of the layers beco
 A row of a product must not depend on the others that share the pass. Sums of integers are
 exact in whatever order, so int8 gives that by itself. nf4 unpacks the matrix and multiplies
 as without quantisation, for one row as for many, in tiles of rows that agree (see `linear`).
+The weights are never trained, but an adapter on top of them is: a product has a gradient by its
+input, that of the weights that it stands for.
+
 On a GPU bitsandbytes' fused kernels do it all, and rows are as equal as those allow: with int8
 a difference of rounding in the input may grow to a step of its integers.
 """
@@ -23,7 +26,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +63,32 @@ def quantise(weight: Tensor, bias: Tensor | None, kind: Quantization) -> tuple[P
     raise ValueError(f"there is no quantisation {kind!r}")
 
 
+class _Quantised(Protocol):
+    def compute(self, x: Tensor) -> Tensor: ...
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor: ...
+
+
+class _ByInput(torch.autograd.Function):
+    """A quantised product in training: nothing unpacked is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: _Quantised) -> Tensor:
+        ctx.product = product
+        return product.compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+        return outputs[0] @ ctx.product.dequantised(outputs[0].dtype), None
+
+
+def _product(x: Tensor, quantised: _Quantised) -> Tensor:
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return quantised.compute(x)
+    y: Tensor = _ByInput.apply(x, quantised)  # type: ignore[no-untyped-call]
+    return y
+
+
 @dataclass(frozen=True, slots=True)
 class Int8Product:
     """x W^T + b with W, and x row by row, in 8 bits."""
@@ -82,6 +111,13 @@ class Int8Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [R, in_features] to [R, out_features]."""
+        return _product(x, self)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """The weight that is multiplied by, [out_features, in_features]."""
+        return self.weight.to(dtype) * (self.scale / 127).to(dtype)[:, None]
+
+    def compute(self, x: Tensor) -> Tensor:
         if x.is_cuda:
             rows, largest, _ = _operators().int8_vectorwise_quant(x.half())
             y: Tensor = _operators().int8_scaled_mm(rows, self.weight, largest, self.scale, self.bias, x.dtype)
@@ -130,6 +166,9 @@ class NF4Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [R, in_features] to [R, out_features]."""
+        return _product(x, self)
+
+    def compute(self, x: Tensor) -> Tensor:
         if x.is_cuda and self.shape[1] % BLOCK == 0:
             y: Tensor = _operators().gemm_4bit(x, self.weight, self.shape, self.scale, BLOCK, "nf4", self.bias)
             return y

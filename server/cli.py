@@ -227,7 +227,7 @@ _ENGINE_SETTINGS = tuple(field.name for field in fields(EngineConfig))
 _BENCH_SETTINGS = tuple(name for name in _ENGINE_SETTINGS if name not in ("drafter", "enable_prefix_caching"))
 
 # The rest is of no use to a training, or an option of it.
-_TRAIN_SETTINGS = ("model", "revision", "device", "dtype", "num_threads")
+_TRAIN_SETTINGS = ("model", "revision", "device", "dtype", "quantization", "num_threads")
 
 COMMANDS = {
     "serve": Command("answer OpenAI API requests over HTTP", _serve, settings=setting_names()),

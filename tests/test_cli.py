@@ -71,7 +71,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, command: str) -> list[cli.Invocatio
         ("train -o x --length 3000", "length 3000 exceeds the 2048 positions"),
         ("train -o x --sequences 8", "8 sequences are too few"),
         ("train -o x --dtype float16", "float16 has too small a range"),
-        ("train -o x --quantization nf4", "unknown flag --quantization"),
+        ("train -o x --block-size 8", "unknown flag --block-size"),
         ("generate -p x --quantization int4", "bad value 'int4' for quantization"),
         ("train -o /dev/null/x", "cannot write to /dev/null/x"),
         ("verify", "required: URL"),

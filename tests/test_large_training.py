@@ -6,18 +6,22 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support_engine import random_adapter, write_checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skippy.engine import Engine, EngineConfig
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.model import CausalLM, DecoderLayer
+from skippy.engine.config import Quantization
+from skippy.engine.errors import ConfigError
+from skippy.engine.linear import RowLinear, plain
+from skippy.engine.model import CausalLM, DecoderLayer, _Fused
+from skippy.engine.quant import NF4Product
 from skippy.engine.training import loss as loss_module
 from skippy.engine.training import run as run_module
 from skippy.engine.training.data import Sample, temperature_of
@@ -40,8 +44,13 @@ def model(request: pytest.FixtureRequest, folder: Path) -> CausalLM:
     return load(folder, request.param)
 
 
-def load(folder: Path, dtype: torch.dtype) -> CausalLM:
-    config = EngineConfig(model=str(folder), device="cpu", dtype="float32" if dtype == torch.float32 else "bfloat16")
+def load(folder: Path, dtype: torch.dtype, quantization: Quantization = "none") -> CausalLM:
+    config = EngineConfig(
+        model=str(folder),
+        device="cpu",
+        dtype="float32" if dtype == torch.float32 else "bfloat16",
+        quantization=quantization,
+    )
     return load_base(open_checkpoint(str(folder)), config, 64)
 
 
@@ -174,75 +183,55 @@ class TestPrecision:
         assert losses(False, True, False) == losses(True, False, True) == losses(False, False, False)
 
 
-class Quantised(nn.Module):
-    """A product with rounded weights that nobody can read; its gradient is by its input alone."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        scale = linear.weight.abs().amax(1, keepdim=True) / 127
-        self.codes = (linear.weight / scale).round().to(torch.int8)
-        self.scale = scale
-        self.bias = linear.bias
-        self.out_features = linear.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = _QuantisedProduct.apply(x, self.codes, self.scale)  # type: ignore[no-untyped-call]
-        return product
-
-    def dequantised(self) -> Tensor:
-        return self.codes.to(self.scale.dtype) * self.scale
-
-
-class _QuantisedProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, scale)
-        return x @ (codes.to(x.dtype) * scale).t()
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
-        codes, scale = ctx.saved_tensors
-        return outputs[0] @ (codes.to(outputs[0].dtype) * scale), None, None
-
-
-def quantise(model: CausalLM) -> Iterator[tuple[nn.Linear, Quantised]]:
-    """Replace every product of the layers, and yield what was there and what is."""
-    for layer in model.model.layers:
-        assert isinstance(layer, DecoderLayer)
-        for fused in (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down):
-            pairs = [(linear, Quantised(linear)) for linear in fused._linears]
-            fused._linears = cast(Any, tuple(quantised for _, quantised in pairs))
-            yield from pairs
-
-
 class TestQuantised:
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_gradients_are_those_of_the_weights_it_stands_for(self, folder: Path, checkpointing: bool) -> None:
-        adapter, plain, quantised = random_adapter(folder), load(folder, torch.float32), load(folder, torch.float32)
-        for fresh, (_, module) in zip(linears(plain), quantise(quantised), strict=True):
-            fresh.weight.data.copy_(module.dequantised())
-        head = Quantised(quantised.lm_head)
-        plain.lm_head.weight.data.copy_(head.dequantised())
-        quantised.lm_head = head  # type: ignore[assignment]
-        wanted = gradients(plain, adapter)
+        adapter, unpacked, quantised = (
+            random_adapter(folder),
+            load(folder, torch.float32),
+            load(folder, torch.float32, "nf4"),
+        )
+        for fresh, packed in zip(matrices(unpacked), matrices(quantised), strict=True):
+            weight, bias = fresh.parameters()
+            product = NF4Product.of(weight, bias)
+            fresh.packed = RowLinear(product.dequantised(torch.float32), bias, lambda w, b: (plain(w, b), plain))
+            assert packed.packed is not None
+        wanted = gradients(unpacked, adapter)
         for name, gradient in gradients(quantised, adapter, checkpointing=checkpointing).items():
             torch.testing.assert_close(gradient, wanted[name], msg=name)
 
-    def test_steps_and_walks(self, model: CausalLM, folder: Path) -> None:
-        pairs = list(quantise(model))
-        trainer = Trainer(model, random_adapter(folder), samples(32), OPTIONS)
-        for linear, _ in pairs:
-            linear.weight.data.fill_(float("nan"))  # nobody reads what was there before
-        assert all(0 < trainer.run_step() < 100 for _ in range(2))
-        assert trainer.walk().greedy.tokens_per_step >= 1
+    @pytest.mark.parametrize("quantization", ["int8", "nf4"])
+    def test_an_adapter_of_it_is_trained_and_drafts(
+        self, folder: Path, tmp_path: Path, quantization: Quantization
+    ) -> None:
+        config = EngineConfig(
+            model=str(folder), device="cpu", dtype="float32", quantization=quantization, num_threads=1
+        )
+        options = replace(OPTIONS, steps=2, lora_rank=2, head_size=8, bridge_rank=2)
+        assert run_training(config, options, str(tmp_path)) == 0
+        with pytest.raises(ConfigError, match="quantization"):
+            run_training(replace(config, quantization="none"), options, str(tmp_path))
+        engine = Engine(replace(config, adapter=str(tmp_path)))
+        assert "s3d" in engine.drafters
+
+    def test_nothing_unpacked_is_kept_for_the_backward_pass(self) -> None:
+        product = NF4Product.of(torch.randn(256, 128), None)
+        kept: list[int] = []
+
+        def pack(x: Tensor) -> Tensor:
+            kept.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            product(torch.randn(2, 128, requires_grad=True)).sum()
+        assert max(kept, default=0) < 256 * 128
 
 
-def linears(model: CausalLM) -> Iterator[nn.Linear]:
-    """Every product of the layers, in the order of `quantise`."""
+def matrices(model: CausalLM) -> Iterator[_Fused]:
+    """Every product of the layers."""
     for layer in model.model.layers:
         assert isinstance(layer, DecoderLayer)
-        for fused in (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down):
-            yield from fused._linears
+        yield from (layer.self_attn.qkv, layer.self_attn.out, layer.mlp.gate_up, layer.mlp.down)
 
 
 class TestRun:

@@ -251,6 +251,19 @@ def plain_model(folder: Path, kind: Quantization) -> CausalLM:
     return model
 
 
+class TestGradients:
+    @pytest.mark.parametrize("product", [Int8Product, NF4Product])
+    def test_the_gradient_by_the_input_is_that_of_the_weight_it_stands_for(
+        self, product: type[Int8Product] | type[NF4Product]
+    ) -> None:
+        torch.manual_seed(0)
+        packed = product.of(torch.randn(96, 64), torch.randn(96))
+        x, into = torch.randn(5, 64, requires_grad=True), torch.randn(5, 96)
+        (gradient,) = torch.autograd.grad(packed(x), x, into)
+        torch.testing.assert_close(gradient, into @ packed.dequantised(torch.float32))
+        assert torch.equal(packed(x), packed(x.detach()))
+
+
 class TestModel:
     def test_the_logits_are_those_of_a_plain_implementation(self, folder: Path) -> None:
         found, expected = engine_logits(folder, "nf4"), reference_logits(plain_model(folder, "nf4"), TEXT)

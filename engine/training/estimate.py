@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import comb, prod
 from typing import NamedTuple
 
 from skippy.engine.adapter import AdapterConfig, part_shapes, part_sizes
+from skippy.engine.config import Quantization
 from skippy.engine.model import ModelConfig
 from skippy.engine.training.data import AT_ONCE
 from skippy.engine.training.loss import rows_of_vocabulary
@@ -89,8 +90,9 @@ class Precision:
 
 
 BFLOAT16, FLOAT32 = Precision(), Precision(4, 4.0)
-INT8, NF4 = Precision(2, 1.0), Precision(2, 0.5 + 4 / 64)
-"""Of bitsandbytes; NF4 has a float32 scale for every 64 weights (arXiv 2305.14314)."""
+BYTES_PER_WEIGHT: Mapping[Quantization, float] = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""See `quant`."""
+INT8, NF4 = (Precision(2, each) for each in BYTES_PER_WEIGHT.values())
 
 
 @dataclass(frozen=True, slots=True)

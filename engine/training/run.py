@@ -32,6 +32,7 @@ from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.loading import weight_files
 from skippy.engine.model import CausalLM
 from skippy.engine.prompts import Line, read_lines, read_prompts
+from skippy.engine.quant import pack_as
 from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.training.data import (
     AT_ONCE,
@@ -42,7 +43,7 @@ from skippy.engine.training.data import (
     without_overlap,
 )
 from skippy.engine.training.display import Display, duration
-from skippy.engine.training.estimate import Precision, estimate
+from skippy.engine.training.estimate import BYTES_PER_WEIGHT, Precision, estimate
 from skippy.engine.training.files import (
     CHECKPOINT,
     DATA,
@@ -62,7 +63,7 @@ EVALUATIONS = 10
 CHECKPOINT_SECONDS = 30.0
 SHARE_OF_MEMORY = 0.85
 """That a training may fill without gradient checkpointing."""
-OF_DATA = ("model", "dtype", "data", "exclude", "sequences", "length", "seed")
+OF_DATA = ("model", "dtype", "quantization", "data", "exclude", "sequences", "length", "seed")
 """The parts of a recipe that the training text depends on."""
 
 
@@ -120,14 +121,20 @@ def run_training(config: EngineConfig, options: TrainOptions, output: str) -> in
 
 
 def load_base(checkpoint: Checkpoint, config: EngineConfig, length: int) -> CausalLM:
-    """The model to train for, not packed, in bfloat16 unless another type is asked for.
+    """The model to train for, not packed unless it is quantised, in bfloat16 unless another type is asked for.
 
     Raises:
         ConfigError: there is no such device.
         CheckpointError: the model cannot be loaded.
     """
     dtype = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = load_model(checkpoint, dtype, choose_device(config), length)
+    pack_layers = pack_as(config.quantization)
+
+    def quantise(model: CausalLM, layer: int) -> None:
+        model.pack_layer(layer, pack_layers)
+
+    finish_layer = None if pack_layers is None else quantise
+    model = load_model(checkpoint, dtype, choose_device(config), length, finish_layer=finish_layer)
     # A padded row of the head must never be chosen, and so never be foreseen.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight[: checkpoint.vocab_size], requires_grad=False)
     model.lm_head.out_features = checkpoint.vocab_size
@@ -166,6 +173,7 @@ def _prepare(config: EngineConfig, options: TrainOptions, folder: Path) -> _Job:
         **asdict(shape),
         "model": fingerprint(checkpoint),
         "dtype": config.dtype,
+        "quantization": config.quantization,
         "data": _digest(prompts),
         "exclude": _digest(excluded),
     }
@@ -273,10 +281,9 @@ def _trainer(job: _Job, samples: list[Sample]) -> Trainer:
 
 def _needs_checkpointing(model: CausalLM, job: _Job, device: torch.device) -> bool:
     """Whether a step that keeps all of the draft rows would not fit into the memory."""
-    cost = estimate(model.config, job.shape, job.options, Precision(model.model.embed_tokens.weight.itemsize))
-    # The weights are there, and need not be guessed.
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
-    needed: float = sum(tensors.values()) + cost.peak_bytes - cost.memory["weights"]
+    itemsize = model.model.embed_tokens.weight.itemsize
+    per_weight = BYTES_PER_WEIGHT.get(job.config.quantization, itemsize)
+    needed = estimate(model.config, job.shape, job.options, Precision(itemsize, per_weight)).peak_bytes
     return needed > SHARE_OF_MEMORY * _total_memory(device)
 
 
