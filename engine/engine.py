@@ -18,11 +18,15 @@ from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
 from skippy.engine.controller import Controller
-from skippy.engine.drafters.base import Drafter, Observer
-from skippy.engine.drafters.hybrid import LOOKUP_WIDTH, HybridDrafter
+from skippy.engine.drafters import recycling, suffix
+from skippy.engine.drafters.auto import describe_choice
+from skippy.engine.drafters.base import Drafter, Keeper, Observer, Reader
+from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
+from skippy.engine.drafters.recycling import RecyclingDrafter
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
+from skippy.engine.drafters.suffix import SharedOutputs, SuffixDrafter
 from skippy.engine.errors import ConfigError, InvalidRequest
 from skippy.engine.model import full_plan
 from skippy.engine.runner import Computed, Rows
@@ -83,17 +87,23 @@ class Engine:
         )
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
-        known: list[Drafter] = [NoDrafter(), NgramDrafter()]
+        lookup = SuffixDrafter(SharedOutputs() if config.share_drafts else None)
+        known: list[Drafter] = [NoDrafter(), NgramDrafter(), lookup]
         self._fused: S3DFusedDrafter | None = None
+        if config.share_drafts:  # what is recycled has no owner
+            known.append(RecyclingDrafter(built.checkpoint.vocab_size, self.states))
         if built.adapter is not None and built.adapter.config.fused:
             self._fused = S3DFusedDrafter(built.runner, built.adapter, self.states)
-            known += [self._fused, HybridDrafter(self._fused)]
+            known += [self._fused, HybridDrafter(lookup, self._fused)]
         elif built.adapter is not None:
             # Each learns from its own sequences.
             separate, within = (S3DDrafter(built.runner, built.adapter, self.states) for _ in range(2))
-            known += [separate, HybridDrafter(within)]
+            known += [separate, HybridDrafter(lookup, within)]
+        elif config.share_drafts:
+            known.append(HybridDrafter(lookup, known[-1]))
         self.drafters: dict[str, Drafter] = {}
         self._observers: dict[str, Observer] = {}
+        self._readers: dict[str, Reader] = {}
         for drafter in known:
             self._know(drafter)
         self._default_drafter = self._choose_drafter()
@@ -113,14 +123,20 @@ class Engine:
     def _know(self, drafter: Drafter) -> None:
         self.drafters[drafter.name] = drafter
         self._observers.pop(drafter.name, None)
-        if isinstance(drafter, Observer):
-            self._observers[drafter.name] = drafter
+        self._readers.pop(drafter.name, None)
+        for part in drafter.parts if isinstance(drafter, HybridDrafter) else (drafter,):
+            if isinstance(part, Observer):
+                self._observers[drafter.name] = part
+            if isinstance(part, Reader):
+                self._readers[drafter.name] = part
 
     def _choose_drafter(self) -> str:
         """The drafter of requests that name none."""
         wanted = self._config.drafter
         if wanted == "auto":
-            return HybridDrafter.name if HybridDrafter.name in self.drafters else NgramDrafter.name
+            chosen = HybridDrafter.name if HybridDrafter.name in self.drafters else SuffixDrafter.name
+            logger.info(describe_choice(chosen, self.drafters, self._config.model))
+            return chosen
         if wanted in _OF_ADAPTER and wanted not in self.drafters:
             raise ConfigError(
                 f"The drafter {wanted} needs an adapter, and {self._checkpoint.path} has none: train one with "
@@ -211,6 +227,7 @@ class Engine:
                 # If it fails half-way, what was committed before is told all the same.
                 outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
                 self._show_drafters(schedule, drafts, computed)
+                self._show_readers(schedule, drafts, logits)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
         self._inform_controllers(schedule, stats)
@@ -364,6 +381,21 @@ class Engine:
                 tapped = {layer: x[places] for layer, x in computed.tapped.items()}
                 observer.observe(newest[name], computed.hidden[places], tapped)
 
+    def _show_readers(self, schedule: Schedule, drafts: SequenceOf[list[int]], logits: Tensor) -> None:
+        """Let drafters see the logits of their sequences' newest tokens and drafts."""
+        tokens: dict[str, list[int]] = {name: [] for name in self._readers}
+        rows: dict[str, list[int]] = {name: [] for name in self._readers}
+        end = 0
+        for work, draft in zip(schedule.work, drafts, strict=True):
+            end += work.num_logits(len(draft))
+            sequence = work.sequence
+            if work.chooses and sequence.drafter in self._readers and sequence.finish_reason != "error":
+                tokens[sequence.drafter] += [sequence.tokens[work.start + work.num_known - 1], *draft]
+                rows[sequence.drafter] += range(end - len(draft) - 1, end)
+        for name, reader in self._readers.items():
+            if rows[name]:
+                reader.read(tokens[name], logits[to_device(rows[name], logits.device)])
+
     def _output(
         self, sequence: Sequence, emitted: list[int], logits: Tensor | None, finish: FinishReason | None
     ) -> SequenceOutput:
@@ -403,6 +435,9 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
+        drafter = self.drafters[sequence.drafter]
+        if isinstance(drafter, Keeper):
+            drafter.release(sequence)
         self._scheduler.remove(sequence)
         del self.states[sequence]
         siblings = self._sequences[sequence.request.request_id]
@@ -479,12 +514,17 @@ class Engine:
 
 
 def _controllers(adapter: S3DAdapter | None, drafters: Collection[str]) -> dict[str, Controller]:
-    """One for every drafter whose drafts cost a pass, or rows of one."""
-    if adapter is None:
-        return {}
-    width, fused = adapter.config.num_speculative_tokens, adapter.config.fused
-    # A fused adapter has no more masks to let ride behind a draft than it drafts itself.
-    widest = {S3DDrafter.name: width, HybridDrafter.name: width if fused else max(width, LOOKUP_WIDTH)}
+    """One for every drafter that can stop by itself."""
+    widest = {
+        SuffixDrafter.name: suffix.MAX_DRAFT,
+        RecyclingDrafter.name: recycling.MAX_DRAFT,
+        HybridDrafter.name: suffix.MAX_DRAFT,
+    }
+    if adapter is not None:
+        width = adapter.config.num_speculative_tokens
+        widest[S3DDrafter.name] = width
+        # A fused adapter has no more masks to let ride behind a draft than it drafts itself.
+        widest[HybridDrafter.name] = width if adapter.config.fused else max(width, suffix.MAX_DRAFT)
     return {name: Controller(most) for name, most in widest.items() if name in drafters}
 
 

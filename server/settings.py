@@ -93,8 +93,8 @@ class Settings(BaseModel):
     )
     drafter: str = Field(
         default=_ENGINE_DEFAULTS.drafter,
-        description="what proposes tokens ahead: none, ngram, s3d or hybrid; a request may name another; auto takes "
-        "hybrid (prompt lookup where the text repeats at length, s3d elsewhere) where there is an adapter, else ngram",
+        description="what proposes tokens ahead: none, ngram, suffix, recycling, s3d or hybrid; a request may name "
+        "another; auto takes hybrid (suffix where the text repeats, s3d elsewhere, or recycling without an adapter)",
     )
     adapter: str | None = Field(
         default=_ENGINE_DEFAULTS.adapter,
@@ -102,8 +102,13 @@ class Settings(BaseModel):
     )
     num_speculative_tokens: int | None = Field(
         default=_ENGINE_DEFAULTS.num_speculative_tokens,
-        description="tokens drafted per step and sequence; unset: s3d and hybrid measure while serving how many pay, "
-        "none included, and ngram drafts 4",
+        description="tokens drafted per step and sequence; unset: ngram drafts 4, and the others measure while "
+        "serving how many pay, none included",
+    )
+    share_drafts: bool = Field(
+        default=_ENGINE_DEFAULTS.share_drafts,
+        description="draft also from recent outputs of other requests; without, the speed of one client's request "
+        "tells nothing of another's text (see enable_prefix_caching, too)",
     )
     num_threads: int | None = Field(
         default=_ENGINE_DEFAULTS.num_threads,

@@ -43,3 +43,24 @@ class Observer(Protocol):
         entered it, [B, hidden_size].
         """
         ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A drafter that learns from the logits of the verify pass."""
+
+    def read(self, tokens: SequenceOf[int], logits: Tensor) -> None:
+        """What the last pass made of its sequences' newest tokens and drafts.
+
+        logits [len(tokens), vocabulary] float32, raw: row i is of what follows tokens[i] in its text.
+        """
+        ...
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """A drafter that keeps something for each sequence while it lives."""
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended; its tokens will not change any more."""
+        ...
