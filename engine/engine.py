@@ -382,16 +382,17 @@ class Engine:
                 observer.observe(newest[name], computed.hidden[places], tapped)
 
     def _show_readers(self, schedule: Schedule, drafts: SequenceOf[list[int]], logits: Tensor) -> None:
-        """Let drafters see the logits of their sequences' newest tokens and drafts."""
+        """Let drafters see the logits that their sequences got, and the tokens that these follow."""
         tokens: dict[str, list[int]] = {name: [] for name in self._readers}
         rows: dict[str, list[int]] = {name: [] for name in self._readers}
         end = 0
         for work, draft in zip(schedule.work, drafts, strict=True):
-            end += work.num_logits(len(draft))
-            sequence = work.sequence
-            if work.chooses and sequence.drafter in self._readers and sequence.finish_reason != "error":
-                tokens[sequence.drafter] += [sequence.tokens[work.start + work.num_known - 1], *draft]
-                rows[sequence.drafter] += range(end - len(draft) - 1, end)
+            sequence, count = work.sequence, work.num_logits(len(draft))
+            end += count
+            if sequence.drafter in self._readers and sequence.finish_reason != "error":
+                known = sequence.tokens[work.start : work.start + work.num_known]
+                tokens[sequence.drafter] += [*known, *draft][-count:]
+                rows[sequence.drafter] += range(end - count, end)
         for name, reader in self._readers.items():
             if rows[name]:
                 reader.read(tokens[name], logits[to_device(rows[name], logits.device)])

@@ -90,7 +90,19 @@ def reference_answers(folder: Path) -> Answers:
     return answers
 
 
-DRAFTERS = ("none", "ngram", "s3d", "hybrid", "oracle", "wrong", "off-by-one", "random", "identity")
+DRAFTERS = (
+    "none",
+    "ngram",
+    "suffix",
+    "recycling",
+    "s3d",
+    "hybrid",
+    "oracle",
+    "wrong",
+    "off-by-one",
+    "random",
+    "identity",
+)
 
 
 def assert_exact(

@@ -243,7 +243,7 @@ def test_without_plans_every_drafter_that_there_is_takes_part(
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).symlink_to(model / name)
     record = json.loads(lines_of(tmp_path, options, capsys)[-1])
-    assert [r["plan"] for r in record["rows"]] == ["none", "ngram"]
+    assert [r["plan"] for r in record["rows"]] == ["none", "ngram", "hybrid"]
     assert record["adapter_sha256"] is None
 
 

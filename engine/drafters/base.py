@@ -50,7 +50,7 @@ class Reader(Protocol):
     """A drafter that learns from the logits of the verify pass."""
 
     def read(self, tokens: SequenceOf[int], logits: Tensor) -> None:
-        """What the last pass made of its sequences' newest tokens and drafts.
+        """What the last pass made of its sequences' tokens and drafts, as far as it computed logits.
 
         logits [len(tokens), vocabulary] float32, raw: row i is of what follows tokens[i] in its text.
         """

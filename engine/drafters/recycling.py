@@ -106,9 +106,7 @@ class RecyclingDrafter:
         return draft
 
 
-def _choose(
-    ids: SequenceOf[int], logits: SequenceOf[float], state: SamplingState, index: int
-) -> tuple[int, float]:
+def _choose(ids: SequenceOf[int], logits: SequenceOf[float], state: SamplingState, index: int) -> tuple[int, float]:
     """What would be chosen at absolute index `index` if there were no other candidates, and how clearly, 0 to 1.
 
     That is its share of the softmax over the scores, noise included, as in `chain`.

@@ -36,12 +36,40 @@ _BORDER = -1
 """Between two outputs. No token."""
 
 
+class _Chains:
+    """Where each n-gram of one size ended in a text last, and the time before that: the hash chains of LZ77.
+
+    N-grams are known by their hashes alone; whoever follows a chain must compare.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._last: dict[int, int] = {}
+        self._previous = array("i", [0])  # by end; 0 ends a chain, and no n-gram ends there
+
+    def extend(self, tokens: list[int]) -> None:
+        """Index what the text has grown by. Its last token waits: nothing follows it yet."""
+        last, previous, size = self._last, self._previous, self.size
+        for end in range(len(previous), len(tokens)):
+            if end < size:
+                previous.append(0)
+                continue
+            key = hash(tuple(tokens[end - size : end]))
+            previous.append(last.get(key, 0))
+            last[key] = end
+
+    def ends(self, text: SequenceOf[int]) -> Iterator[int]:
+        """Where the last n-gram of `text` ended, MAX_OCCURRENCES times at most, the latest first."""
+        end = self._last.get(hash(tuple(text[-self.size :])), 0)
+        for _ in range(MAX_OCCURRENCES):
+            if end == 0:
+                return
+            yield end
+            end = self._previous[end]
+
+
 class SuffixIndex:
     """Finds earlier occurrences of the end of a text in a text that grows.
-
-    Every n-gram leads to the place where it ended last, and every place to the one before it,
-    as the hash chains of LZ77 do. N-grams are known by their hashes alone: a match is only what
-    agrees token by token.
 
     Attributes:
         tokens: the text, to be appended to by its owner.
@@ -49,23 +77,15 @@ class SuffixIndex:
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
-        self._last: dict[int, int] = {}
-        self._previous = [array("i", [0]) for _ in SIZES]  # by end; 0 ends a chain, and no n-gram ends there
+        self._chains = [_Chains(size) for size in SIZES]
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def update(self) -> None:
-        """Index what was appended. The last token waits: nothing follows it yet."""
-        tokens, last = self.tokens, self._last
-        for end in range(len(self._previous[0]), len(tokens)):
-            for size, previous in zip(SIZES, self._previous, strict=True):
-                if end < size:
-                    previous.append(0)
-                    continue
-                key = hash(tuple(tokens[end - size : end]))
-                previous.append(last.get(key, 0))
-                last[key] = end
+        """Index what was appended."""
+        for chains in self._chains:
+            chains.extend(self.tokens)
 
     def longest(self, text: SequenceOf[int]) -> tuple[int, list[int]]:
         """The length, MAX_MATCH at most, of the longest suffix of `text` that was indexed, and where it ends.
@@ -73,19 +93,15 @@ class SuffixIndex:
         Ends are positions in `tokens`, the most recent first; (0, []) if not even the shortest
         n-gram is known. Of the longest indexed n-gram only MAX_OCCURRENCES are looked at.
         """
-        for size, previous in zip(SIZES, self._previous, strict=True):
-            end = self._last.get(hash(tuple(text[-size:])), 0)
+        for chains in self._chains:
             best, ends = 0, []
-            for _ in range(MAX_OCCURRENCES):
-                if end == 0:
-                    break
+            for end in chains.ends(text):
                 length = common_suffix(self.tokens, end, text)
                 if length > best:
                     best, ends = length, []
                 if length == best:
                     ends.append(end)
-                end = previous[end]
-            if best >= size:
+            if best >= chains.size:
                 return best, ends
         return 0, []
 

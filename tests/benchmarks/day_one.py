@@ -101,9 +101,7 @@ def bare_copy(model: str, folder: Path) -> str:
 def turn(config: EngineConfig, groups: Iterable[Group], mode: str, options: argparse.Namespace, back: bool) -> Engine:
     """Every group under both drafters, on a new engine; `back` lets the other one begin."""
     engine = Engine(config)
-    params = SamplingParams(
-        max_tokens=options.max_tokens, temperature=MODES[mode], seed=options.seed, ignore_eos=True
-    )
+    params = SamplingParams(max_tokens=options.max_tokens, temperature=MODES[mode], seed=options.seed, ignore_eos=True)
     drafters = [PLAIN, engine.info.drafter][:: -1 if back else 1]
     for drafter in drafters:  # the first passes of anything are slow
         decode(engine, [(1,) * 40] * options.batch_size, drafter, options.batch_size, params)
