@@ -11,8 +11,10 @@ from skippy.engine.adapter import S3DAdapter
 from skippy.engine.adapter_files import find_adapter
 from skippy.engine.attention import SDPAAttention
 from skippy.engine.config import EngineConfig
+from skippy.engine.eagle import EagleHead, is_eagle, load_eagle
 from skippy.engine.errors import ConfigError
 from skippy.engine.kv import KVPool
+from skippy.engine.linear import Tiling
 from skippy.engine.runner import Runner
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
@@ -29,6 +31,9 @@ class Build:
     runner: Runner
     max_model_len: int
     adapter: S3DAdapter | None
+    eagle: EagleHead | None
+    eagle_cache: Runner | None
+    """The layout and attention of the head's own cache."""
 
 
 def build(config: EngineConfig) -> Build:
@@ -51,8 +56,10 @@ def build(config: EngineConfig) -> Build:
             f"max_model_len {wanted_len} exceeds the {shape.max_position_embeddings} positions of the model."
         )
     model = load_model(checkpoint, dtype, device, wanted_len)
-    adapter = None
-    if config.adapter is not None or config.drafter != "none":
+    adapter = eagle = None
+    if config.adapter is not None and is_eagle(config.adapter):
+        eagle = load_eagle(config.adapter, checkpoint, dtype, device, wanted_len)
+    elif config.adapter is not None or config.drafter != "none":
         adapter = find_adapter(checkpoint, config.adapter, dtype, device)
     if adapter is not None and device.type == "cpu" and not adapter.config.fused:
         adapter.fold(model)
@@ -62,6 +69,13 @@ def build(config: EngineConfig) -> Build:
     block_bytes = (
         2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
     )
+    if eagle is not None:
+        block_bytes += (
+            2
+            * config.block_size
+            * eagle.config.layer.num_key_value_heads
+            * (eagle.config.layer.head_dim * dtype.itemsize)
+        )
     num_blocks = _num_blocks(config, wanted_len, block_bytes, device)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
     if max_model_len < wanted_len:
@@ -81,7 +95,13 @@ def build(config: EngineConfig) -> Build:
         device,
     )
     attention = SDPAAttention(pool, shape.num_attention_heads, max_model_len, shape.head_dim**-0.5)
-    return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len, adapter)
+    cache = None
+    if eagle is not None:
+        layer = eagle.config.layer
+        own = KVPool(1, num_blocks, config.block_size, layer.num_key_value_heads, layer.head_dim, dtype, device)
+        seen = SDPAAttention(own, layer.num_attention_heads, max_model_len, layer.head_dim**-0.5)
+        cache = Runner(model, own, seen, Tiling(1, 2**31))
+    return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len, adapter, eagle, cache)
 
 
 def choose_device(config: EngineConfig) -> torch.device:

@@ -18,9 +18,10 @@ from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
 from skippy.engine.controller import Controller
-from skippy.engine.drafters import recycling, suffix
+from skippy.engine.drafters import eagle3, recycling, suffix
 from skippy.engine.drafters.auto import describe_choice
-from skippy.engine.drafters.base import Drafter, Keeper, Observer, Reader
+from skippy.engine.drafters.base import Drafter, Followed, Follower, Keeper, Observer, Reader
+from skippy.engine.drafters.eagle3 import Eagle3Drafter
 from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
@@ -48,7 +49,7 @@ from skippy.engine.types import (
 
 logger = logging.getLogger("skippy.engine")
 
-_OF_ADAPTER = (S3DDrafter.name, HybridDrafter.name)
+_OF_ADAPTER = (S3DDrafter.name, Eagle3Drafter.name, HybridDrafter.name)
 DEFAULT_SPECULATIVE_TOKENS = 4
 """For drafters that do not know better."""
 
@@ -99,10 +100,14 @@ class Engine:
             # Each learns from its own sequences.
             separate, within = (S3DDrafter(built.runner, built.adapter, self.states) for _ in range(2))
             known += [separate, HybridDrafter(lookup, within)]
+        elif built.eagle is not None and built.eagle_cache is not None:
+            eagles = [Eagle3Drafter(built.eagle, built.runner.model, built.eagle_cache, self.states) for _ in range(2)]
+            known += [eagles[0], HybridDrafter(lookup, eagles[1])]
         elif config.share_drafts:
             known.append(HybridDrafter(lookup, known[-1]))
         self.drafters: dict[str, Drafter] = {}
         self._observers: dict[str, Observer] = {}
+        self._followers: dict[str, Follower] = {}
         self._readers: dict[str, Reader] = {}
         for drafter in known:
             self._know(drafter)
@@ -123,10 +128,13 @@ class Engine:
     def _know(self, drafter: Drafter) -> None:
         self.drafters[drafter.name] = drafter
         self._observers.pop(drafter.name, None)
+        self._followers.pop(drafter.name, None)
         self._readers.pop(drafter.name, None)
         for part in drafter.parts if isinstance(drafter, HybridDrafter) else (drafter,):
             if isinstance(part, Observer):
                 self._observers[drafter.name] = part
+            if isinstance(part, Follower):
+                self._followers[drafter.name] = part
             if isinstance(part, Reader):
                 self._readers[drafter.name] = part
 
@@ -227,6 +235,7 @@ class Engine:
                 # If it fails half-way, what was committed before is told all the same.
                 outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
                 self._show_drafters(schedule, drafts, computed)
+                self._show_followers(schedule, drafts, computed)
                 self._show_readers(schedule, drafts, logits)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
@@ -296,7 +305,8 @@ class Engine:
         if self._fused and any(part.riders for part in rows):
             adapter = self._fused.bind(first_row=sum(len(part.tokens) for part in rows))
         drafters = {work.sequence.drafter for work in schedule.work}
-        taps = {layer for name, observer in self._observers.items() if name in drafters for layer in observer.taps}
+        learners = [*self._observers.items(), *self._followers.items()]
+        taps = {layer for name, learner in learners if name in drafters for layer in learner.taps}
         return self.runner.compute(rows, self._verify_plan, adapter, taps)
 
     def _default_width(self, drafter: str) -> int:
@@ -380,6 +390,19 @@ class Engine:
                 places = to_device([row_of[sequence] for sequence in newest[name]], computed.hidden.device)
                 tapped = {layer: x[places] for layer, x in computed.tapped.items()}
                 observer.observe(newest[name], computed.hidden[places], tapped)
+
+    def _show_followers(self, schedule: Schedule, drafts: SequenceOf[list[int]], computed: Computed) -> None:
+        """Let drafters see every row that the pass computed of their sequences and that stands."""
+        parts: dict[str, list[Followed]] = {name: [] for name in self._followers}
+        row = 0
+        for work, draft in zip(schedule.work, drafts, strict=True):
+            sequence = work.sequence
+            if sequence.drafter in parts and sequence.finish_reason is None:
+                parts[sequence.drafter].append(Followed(sequence, row, work.start, sequence.computed - work.start))
+            row += work.num_known + len(draft)
+        for name, follower in self._followers.items():
+            if parts[name]:
+                follower.follow(parts[name], computed.tapped_rows)
 
     def _show_readers(self, schedule: Schedule, drafts: SequenceOf[list[int]], logits: Tensor) -> None:
         """Let drafters see the logits that their sequences got, and the tokens that these follow."""
@@ -519,6 +542,7 @@ def _controllers(adapter: S3DAdapter | None, drafters: Collection[str]) -> dict[
     widest = {
         SuffixDrafter.name: suffix.MAX_DRAFT,
         RecyclingDrafter.name: recycling.MAX_DRAFT,
+        Eagle3Drafter.name: eagle3.MAX_DRAFT,
         HybridDrafter.name: suffix.MAX_DRAFT,
     }
     if adapter is not None:

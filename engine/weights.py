@@ -153,7 +153,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device,
             )
     if checkpoint.config.tie_word_embeddings:
         loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
-    _spread_heads(loaded, checkpoint.config)
+    spread_heads(loaded, checkpoint.config)
     model.load_state_dict(loaded, assign=True)
     try:
         model.prepare_rope(dtype, device)
@@ -189,7 +189,7 @@ def _read_tensors(
     return loaded, file_of
 
 
-def _spread_heads(tensors: dict[str, torch.Tensor], config: ModelConfig) -> None:
+def spread_heads(tensors: dict[str, torch.Tensor], config: ModelConfig) -> None:
     """Reorder query heads from h // group == KV head to h % num_kv_heads == KV head.
 
     So the query heads of one KV head can be read as rows of one product without a copy.

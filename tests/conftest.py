@@ -24,7 +24,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from skippy.engine import Tokenizer
-from skippy.engine.drafters import recycling, s3d, suffix
+from skippy.engine.drafters import eagle3, recycling, s3d, suffix
 from skippy.server.app import create_app
 from skippy.server.client import AsyncEngineClient
 from skippy.server.settings import Settings
@@ -82,7 +82,7 @@ def sentencepiece(request: pytest.FixtureRequest) -> Tokenizer:
 @pytest.fixture(autouse=True)
 def all_that_is_drafted_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models and adapters of most tests are random, and nothing is likely: drafts would be cut to nothing."""
-    for module in (s3d, suffix, recycling):
+    for module in (eagle3, recycling, s3d, suffix):
         monkeypatch.setattr(module, "MIN_REACH", 0.0)
 
 

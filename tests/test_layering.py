@@ -45,8 +45,12 @@ FORBIDDEN = [
         for name in ("model", "runner", "attention", "sampling")
     ),
     ("skippy.engine.adapter", ("skippy.engine.runner", "skippy.engine.kv", "skippy.engine.adapter_files"), ()),
-    # A draft pass and a chain of tokens are one drafter's business, and its training's.
-    ("skippy", ("skippy.engine.chain",), ("skippy.engine.drafters.s3d", "skippy.engine.training")),
+    # A draft pass and a chain of tokens are the business of drafters that run a model, and of their training.
+    (
+        "skippy",
+        ("skippy.engine.chain",),
+        ("skippy.engine.drafters.s3d", "skippy.engine.drafters.eagle3", "skippy.engine.training"),
+    ),
     ("skippy", ("skippy.engine.training",), ("skippy.engine.training",)),
     ("skippy.engine.accept", ("skippy.engine.model",), ()),
     ("skippy.engine.sampling", ("skippy.engine.model",), ()),

@@ -13,8 +13,8 @@ def describe_choice(chosen: str, known: Collection[str], model: str) -> str:
         known: the drafters that there are.
         model: as the user named it.
     """
-    if "s3d" in known:
-        return f"drafter {chosen}: the model has an adapter; what repeats is looked up instead"
+    if of_adapter := {"s3d", "eagle3"} & set(known):
+        return f"drafter {chosen}: the model has an adapter ({of_adapter.pop()}); what repeats is looked up instead"
     what = "what repeats is looked up"
     if chosen == "hybrid":
         what += ", for the rest the likeliest tokens of before are drafted again"

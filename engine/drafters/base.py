@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from skippy.engine.sequence import Sequence
 
@@ -42,6 +42,31 @@ class Observer(Protocol):
         hidden [B, hidden_size], the last hidden states, not normalised; tapped by layer, what
         entered it, [B, hidden_size].
         """
+        ...
+
+
+class Followed(NamedTuple):
+    """Rows of a verify pass that stand: known tokens and accepted drafts of one sequence."""
+
+    sequence: Sequence
+    row: int
+    """The first of the rows in the pass."""
+    position: int
+    """Its position. What follows the last of the rows is known, too."""
+    num_rows: int
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A drafter that computes something of its own for every token that the verifier computes."""
+
+    @property
+    def taps(self) -> SequenceOf[int]:
+        """The layers whose input it wants to see."""
+        ...
+
+    def follow(self, parts: SequenceOf[Followed], tapped: Mapping[int, Tensor]) -> None:
+        """What the last pass computed; tapped by layer, what entered it, [rows of the pass, hidden_size]."""
         ...
 
 
