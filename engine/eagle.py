@@ -74,6 +74,7 @@ class EagleHead(nn.Module):
         self.midlayer = _EagleLayer(layer, norm_before_residual=config.norm_before_residual)
         self.norm = RMSNorm(hidden, layer.rms_norm_eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.d2t: Tensor
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.embed_tokens = nn.Embedding(layer.vocab_size, hidden) if config.has_embeddings else None
         self._rope: tuple[Tensor, Tensor] | None = None
@@ -97,7 +98,7 @@ class EagleHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [B, hidden_size] to logits [B, D] float32 of the tokens [D] int64."""
-        ids: Tensor = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        ids = self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
         return self.lm_head(self.norm(hidden)).float(), ids
 
 

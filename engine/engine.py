@@ -305,8 +305,8 @@ class Engine:
         if self._fused and any(part.riders for part in rows):
             adapter = self._fused.bind(first_row=sum(len(part.tokens) for part in rows))
         drafters = {work.sequence.drafter for work in schedule.work}
-        learners = [*self._observers.items(), *self._followers.items()]
-        taps = {layer for name, learner in learners if name in drafters for layer in learner.taps}
+        taps = {layer for name, observer in self._observers.items() if name in drafters for layer in observer.taps}
+        taps |= {layer for name, follower in self._followers.items() if name in drafters for layer in follower.taps}
         return self.runner.compute(rows, self._verify_plan, adapter, taps)
 
     def _default_width(self, drafter: str) -> int:

@@ -93,12 +93,14 @@ class Settings(BaseModel):
     )
     drafter: str = Field(
         default=_ENGINE_DEFAULTS.drafter,
-        description="what proposes tokens ahead: none, ngram, suffix, recycling, s3d or hybrid; a request may name "
-        "another; auto takes hybrid (suffix where the text repeats, s3d elsewhere, or recycling without an adapter)",
+        description="what proposes tokens ahead: none, ngram, suffix, recycling, s3d, eagle3 or hybrid; a "
+        "request may name another; auto takes hybrid (suffix where that promises more, elsewhere s3d or eagle3, or "
+        "recycling without an adapter)",
     )
     adapter: str | None = Field(
         default=_ENGINE_DEFAULTS.adapter,
-        description="folder of an adapter for s3d and hybrid; unset: the folder s3d in the model's, if there is one",
+        description="folder of an adapter for s3d, or of a published EAGLE-3 head; unset: the folder s3d in the model's, "
+        "if there is one",
     )
     num_speculative_tokens: int | None = Field(
         default=_ENGINE_DEFAULTS.num_speculative_tokens,

@@ -111,7 +111,8 @@ class Reference:
 
     def embed(self, tokens: list[int]) -> Tensor:
         own = self.w.get("embed_tokens.weight")
-        return (self.model.model.embed_tokens.weight if own is None else own)[tokens]
+        rows: Tensor = (self.model.model.embed_tokens.weight if own is None else own)[tokens]
+        return rows
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
@@ -161,7 +162,8 @@ Recorded = list[tuple[list[int], list[int]]]
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """Every sequence that was drafted for, and its draft."""
-    propose, drafts = Eagle3Drafter.propose, []
+    propose = Eagle3Drafter.propose
+    drafts: Recorded = []
 
     def watched(self: Eagle3Drafter, sequences: Any, limits: Any) -> list[list[int]]:
         proposals = propose(self, sequences, limits)
@@ -212,7 +214,8 @@ def test_a_shared_prefix_is_drafted_from_as_well(base: Path, tmp_path: Path, rec
 
 def test_no_token_changes(base: Path, tmp_path: Path, answers: Answers) -> None:
     head = write_head(tmp_path)
-    for sizes in ({}, {"kv_cache_memory_bytes": 12 * 16 * 7 * 2 * 32 * 4, "enable_prefix_caching": False}):
+    small: dict[str, Any] = {"kv_cache_memory_bytes": 12 * 16 * 7 * 2 * 32 * 4, "enable_prefix_caching": False}
+    for sizes in ({}, small):
         tallies = assert_exact(base, answers, ("none", "eagle3", "hybrid"), adapter=str(head), **sizes)
         assert 0 < tallies["eagle3"].accepted < tallies["eagle3"].drafted
         assert 0 < tallies["hybrid"].accepted < tallies["hybrid"].drafted

@@ -84,7 +84,12 @@ class TestIndex:
         index = SuffixIndex(list(range(1000)))
         index.update()
         hashed: list[object] = []
-        monkeypatch.setattr(suffix, "hash", lambda key: hashed.append(key) or id(key), raising=False)
+
+        def watched(key: object) -> int:
+            hashed.append(key)
+            return hash(key)
+
+        monkeypatch.setattr(suffix, "hash", watched, raising=False)
         index.tokens += [1, 2, 3]
         index.update()
         assert len(hashed) == 3 * len(SIZES)

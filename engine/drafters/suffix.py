@@ -94,7 +94,8 @@ class SuffixIndex:
         n-gram is known. Of the longest indexed n-gram only MAX_OCCURRENCES are looked at.
         """
         for chains in self._chains:
-            best, ends = 0, []
+            best = 0
+            ends: list[int] = []
             for end in chains.ends(text):
                 length = common_suffix(self.tokens, end, text)
                 if length > best:
