@@ -115,8 +115,9 @@ class Reference:
         return rows
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
-        return scaled * self.w[f"{name}.weight"]
+        scaled: Tensor = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["rms_norm_eps"])
+        weight: Tensor = self.w[f"{name}.weight"]
+        return scaled * weight
 
     def layer(self, embeds: Tensor, states: Tensor) -> Tensor:
         w, size = self.w, self.config["head_dim"]

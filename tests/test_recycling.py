@@ -20,6 +20,11 @@ GREEDY = SamplingParams(max_tokens=50, temperature=0.0, seed=0)
 SAMPLED = SamplingParams(max_tokens=50, temperature=0.8, seed=3)
 
 
+@pytest.fixture(autouse=True)
+def as_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recycling, "MIN_REACH", 0.2)
+
+
 def sequence_of(*tokens: int, params: SamplingParams = GREEDY) -> Sequence:
     return Sequence(Request("r", (1,), params), 0, 0, "recycling", 4, False, frozenset(), list(tokens))
 

@@ -24,6 +24,11 @@ from skippy.engine.sequence import Sequence
 from skippy.engine.types import Request, SamplingParams
 
 
+@pytest.fixture(autouse=True)
+def as_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suffix, "MIN_REACH", 0.2)
+
+
 def sequence_of(*tokens: int, prompt_len: int = 1) -> Sequence:
     request = Request("r", tokens[:prompt_len], SamplingParams(max_tokens=10_000))
     return Sequence(request, 0, 0, "suffix", 4, False, frozenset(), list(tokens))
