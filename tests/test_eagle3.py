@@ -129,7 +129,8 @@ class Reference:
 
         def rotate(y: Tensor) -> Tensor:
             half = torch.cat((-y[..., size // 2 :], y[..., : size // 2]), -1)
-            return y * angles.cos() + half * angles.sin()
+            turned: Tensor = y * angles.cos() + half * angles.sin()
+            return turned
 
         group = q.shape[1] // k.shape[1]
         q, k, v = (y.transpose(0, 1) for y in (rotate(q), rotate(k), v))
