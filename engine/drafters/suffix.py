@@ -205,7 +205,9 @@ def _continuation(index: SuffixIndex, ends: list[int], loops: bool) -> Iterator[
             tokens = [text[i] if i < len(text) else followed[i - len(text)] for i in at]
         else:
             tokens = [text[i] if i < len(text) else _BORDER for i in at]
-        token, votes = Counter(tokens).most_common(1)[0]  # of those met as often, the first, the most recent
+        token, votes = tokens[0], tokens.count(tokens[0])
+        if votes < len(tokens):
+            token, votes = Counter(tokens).most_common(1)[0]  # of those met as often, the first, the most recent
         if token == _BORDER:
             return
         yield token, votes / len(ends)
