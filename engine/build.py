@@ -11,8 +11,10 @@ from skippy.engine.adapter import S3DAdapter
 from skippy.engine.adapter_files import find_adapter
 from skippy.engine.attention import SDPAAttention
 from skippy.engine.config import EngineConfig
+from skippy.engine.eagle import EagleHead, is_eagle, load_eagle
 from skippy.engine.errors import ConfigError
 from skippy.engine.kv import KVPool
+from skippy.engine.linear import Tiling
 from skippy.engine.loading import Report
 from skippy.engine.memory import available_bytes, return_freed
 from skippy.engine.model import CausalLM
@@ -34,6 +36,9 @@ class Build:
     runner: Runner
     max_model_len: int
     adapter: S3DAdapter | None
+    eagle: EagleHead | None
+    eagle_cache: Runner | None
+    """The layout and attention of the head's own cache."""
 
 
 def build(config: EngineConfig, report: Report | None = None) -> Build:
@@ -58,8 +63,10 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
         raise ConfigError(
             f"max_model_len {wanted_len} exceeds the {shape.max_position_embeddings} positions of the model."
         )
-    adapter = None
-    if config.adapter is not None or config.drafter != "none":
+    adapter = eagle = None
+    if config.adapter is not None and is_eagle(config.adapter):
+        eagle = load_eagle(config.adapter, checkpoint, dtype, device, wanted_len)
+    elif config.adapter is not None or config.drafter != "none":
         adapter = find_adapter(checkpoint, config.adapter, dtype, device)
 
     pack_layers = pack_as(config.quantization)
@@ -81,6 +88,9 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
     block_bytes = (
         2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
     )
+    if eagle is not None:
+        of_head = eagle.config.layer
+        block_bytes += 2 * config.block_size * of_head.num_key_value_heads * of_head.head_dim * dtype.itemsize
     num_blocks = _num_blocks(config, wanted_len, block_bytes, device)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
     if config.max_model_len is not None and max_model_len < wanted_len:
@@ -106,7 +116,25 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
         windows=shape.windows,
         softcap=shape.attention_softcap,
     )
-    return Build(checkpoint, Runner(model, pool, attention, tiling), max_model_len, adapter)
+    runner = Runner(model, pool, attention, tiling)
+    eagle_cache = None if eagle is None else _cache_of_head(eagle, runner, max_model_len)
+    return Build(checkpoint, runner, max_model_len, adapter, eagle, eagle_cache)
+
+
+def _cache_of_head(head: EagleHead, runner: Runner, max_len: int) -> Runner:
+    """A cache of one layer in as many blocks as the model's."""
+    layer, of_model = head.config.layer, runner.pool
+    pool = KVPool(
+        1,
+        of_model.num_blocks,
+        of_model.block_size,
+        layer.num_key_value_heads,
+        layer.head_dim,
+        of_model.keys.dtype,
+        of_model.keys.device,
+    )
+    attention = SDPAAttention(pool, layer.num_attention_heads, max_len, layer.attention_scale)
+    return Runner(runner.model, pool, attention, Tiling(1, 2**31))
 
 
 def choose_device(config: EngineConfig) -> torch.device:

@@ -66,7 +66,7 @@ def draft_chain(
         min_reach: a draft ends before the first token whose chance to be accepted, with all
             before it, is found smaller.
     """
-    choose = _Choice(prospects, hidden.shape[1], hidden.device)
+    choose = Choice(prospects, hidden.shape[1], hidden.device)
     score = _scorer(model, adapter, hidden)
     prepared = adapter.head.prepare(hidden).unbind(1) if adapter.head else None
     token, state, reach = newest, None, hidden.new_ones(len(hidden), dtype=torch.float32)
@@ -131,7 +131,7 @@ class _Candidates:
         return Scored(self._model.cap(logits.float()), self._ids[row])
 
 
-class _Choice:
+class Choice:
     """Chooses as `sampling.choose` will, for drafts of `width` rows."""
 
     def __init__(self, prospects: Sequence[Prospect], width: int, device: torch.device) -> None:

@@ -37,6 +37,8 @@ class EngineConfig:
     drafter: str = "auto"
     adapter: str | None = None
     num_speculative_tokens: int | None = None
+    share_drafts: bool = True
+    """Whether a request may be drafted from what others made the model say; its speed tells of that a little."""
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
 
 from skippy.engine.accept import accept
-from skippy.engine.adapter import S3DAdapter
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
-from skippy.engine.controller import Controller
-from skippy.engine.drafters.base import Drafter, Mixed, Observer
-from skippy.engine.drafters.hybrid import HybridDrafter
-from skippy.engine.drafters.ngram import NgramDrafter
-from skippy.engine.drafters.none import NoDrafter
-from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
+from skippy.engine.drafters.auto import describe_choice
+from skippy.engine.drafters.base import Drafter
+from skippy.engine.drafting import Drafting
 from skippy.engine.errors import ConfigError, InvalidRequest
 from skippy.engine.loading import Report
 from skippy.engine.model import full_plan
@@ -30,7 +26,6 @@ from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
 from skippy.engine.scheduler import Schedule, Scheduler, Work
 from skippy.engine.sequence import Sequence
 from skippy.engine.stats import Clock, count_pass, count_verdict
-from skippy.engine.tensors import to_device
 from skippy.engine.types import (
     DraftCounts,
     EngineInfo,
@@ -44,10 +39,6 @@ from skippy.engine.types import (
 
 logger = logging.getLogger("skippy.engine")
 
-_OF_ADAPTER = (S3DDrafter.name, HybridDrafter.name)
-DEFAULT_SPECULATIVE_TOKENS = 4
-"""For drafters that do not know better."""
-
 
 class Engine:
     """Serves requests with one model on one device. Not thread-safe: one caller, step by step.
@@ -57,7 +48,6 @@ class Engine:
 
     Attributes:
         info: what was loaded.
-        drafters: those that requests may name.
         runner, states: the model's passes, and how to choose for each live sequence; for drafters.
 
     Raises:
@@ -86,58 +76,25 @@ class Engine:
         )
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
-        known: list[Drafter] = [NoDrafter(), NgramDrafter()]
-        self._fused: S3DFusedDrafter | None = None
-        if built.adapter is not None and built.adapter.config.fused:
-            self._fused = S3DFusedDrafter(built.runner, built.adapter, self.states)
-            known += [self._fused, HybridDrafter(self._fused)]
-        elif built.adapter is not None:
-            # Each learns from its own sequences.
-            separate, within = (S3DDrafter(built.runner, built.adapter, self.states) for _ in range(2))
-            known += [separate, HybridDrafter(within)]
-        self.drafters: dict[str, Drafter] = {}
-        self._observers: dict[str, Observer] = {}
-        self._mixed: dict[str, Mixed] = {}
-        for drafter in known:
-            self._know(drafter)
-        self._default_drafter = self._choose_drafter()
-        self._controllers = _controllers(built.adapter, self.drafters)
+        self._drafting = Drafting(built, self.states, share=config.share_drafts)
+        self._default_drafter = self._drafting.choose(config.drafter, str(built.checkpoint.path))
+        if config.drafter == "auto":
+            logger.info(describe_choice(self._default_drafter, self.drafters, config.model))
         self.info = self._describe()
+
+    @property
+    def drafters(self) -> Mapping[str, Drafter]:
+        """Those that requests may name."""
+        return self._drafting.drafters
 
     def add_drafter(self, drafter: Drafter) -> None:
         """Let requests name one more drafter."""
-        self._know(drafter)
+        self._drafting.add(drafter)
         self.info = self._describe()
 
     def widest(self, drafter: str) -> int:
         """The most tokens that a drafter drafts in one step."""
-        if drafter not in self._controllers:
-            return MAX_SPECULATIVE_TOKENS
-        free_width = self._mixed[drafter].free_width if drafter in self._mixed else 0
-        return max(self._controllers[drafter].most, free_width)
-
-    def _know(self, drafter: Drafter) -> None:
-        self.drafters[drafter.name] = drafter
-        self._observers.pop(drafter.name, None)
-        if isinstance(drafter, Observer):
-            self._observers[drafter.name] = drafter
-        self._mixed.pop(drafter.name, None)
-        if isinstance(drafter, Mixed):
-            self._mixed[drafter.name] = drafter
-
-    def _choose_drafter(self) -> str:
-        """The drafter of requests that name none."""
-        wanted = self._config.drafter
-        if wanted == "auto":
-            return HybridDrafter.name if HybridDrafter.name in self.drafters else NgramDrafter.name
-        if wanted in _OF_ADAPTER and wanted not in self.drafters:
-            raise ConfigError(
-                f"The drafter {wanted} needs an adapter, and {self._checkpoint.path} has none: train one with "
-                "`skippy train`, or name its folder with --adapter."
-            )
-        if wanted not in self.drafters:
-            raise ConfigError(f"There is no drafter {wanted!r}; there are: auto, {', '.join(self.drafters)}.")
-        return wanted
+        return self._drafting.widest(drafter)
 
     @property
     def has_work(self) -> bool:
@@ -159,8 +116,7 @@ class Engine:
         wanted = request.num_speculative_tokens
         if wanted is None:
             wanted = self._config.num_speculative_tokens
-        max_draft = 0 if drafter == NoDrafter.name else self._default_width(drafter) if wanted is None else wanted
-        max_draft = min(max_draft, self.widest(drafter))
+        max_draft = min(self._drafting.default_width(drafter) if wanted is None else wanted, self.widest(drafter))
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
@@ -169,10 +125,10 @@ class Engine:
                 seed=seed,
                 drafter=drafter,
                 max_draft=max_draft,
-                adaptive=wanted is None and drafter in self._controllers,
+                adaptive=wanted is None and self._drafting.is_adaptive(drafter),
                 end_ids=ends,
                 tokens=list(request.prompt_token_ids),
-                rides=self._fused is not None and drafter in _OF_ADAPTER,
+                rides=self._drafting.rides(drafter),
                 leader=sequences[0] if sequences else None,
             )
             state = self._sampling_state(sequence)
@@ -204,12 +160,11 @@ class Engine:
         clock = Clock(self.runner.pool.keys.device)
         stats = StepStats(kv_blocks_total=self._blocks.num_blocks)
         outputs: list[SequenceOutput] = []
-        widths = self._widths()
-        schedule = self._scheduler.schedule(self._lookaheads(widths))
+        schedule = self._scheduler.schedule(self._drafting.grant(self._scheduler.running))
         if schedule.work:
             try:
                 stats.host_seconds = clock.lap()
-                drafts = self._propose(schedule)
+                drafts = self._drafting.propose(schedule)
                 if any(work.lookahead for work in schedule.work):
                     stats.draft_seconds = clock.lap()
                 computed = self._verify(schedule, drafts)
@@ -219,52 +174,15 @@ class Engine:
                 count_pass(stats, schedule, clock.lap())
                 # If it fails half-way, what was committed before is told all the same.
                 outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
-                self._show_drafters(schedule, drafts, computed)
+                self._drafting.audience.show(schedule, drafts, computed, logits)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
-        self._inform_controllers(schedule, widths, stats)
+        self._drafting.time(schedule, stats)
         now = self.load()
         stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
         stats.preemptions = schedule.preempted
         stats.host_seconds += clock.lap()
         return StepOutput(outputs, stats)
-
-    def _widths(self) -> dict[str, int]:
-        """By drafter, how many tokens its controller lets it draft for each sequence that leaves it to it."""
-        decoding = [s for s in self._scheduler.running if s.decoding]
-        drafting = {s.drafter for s in decoding if s.adaptive}
-        return {
-            name: controller.width(len(decoding)) if name in drafting else controller.most
-            for name, controller in self._controllers.items()
-        }
-
-    def _lookaheads(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """By drafter, how many tokens to make room for: drafts that cost nothing may be wider."""
-        lookaheads = dict(widths)
-        for name, drafter in self._mixed.items():
-            if name in widths:
-                drafter.paid_width = widths[name]
-                lookaheads[name] = max(widths[name], drafter.free_width)
-        return lookaheads
-
-    def _inform_controllers(self, schedule: Schedule, widths: Mapping[str, int], stats: StepStats) -> None:
-        """Show the controllers what a step without prompts took, and what became of the drafts they granted."""
-        if stats.prefill_seconds or not stats.verify_seconds or any(w.num_known > 1 for w in schedule.work):
-            return
-        tokens = sum(1 + w.sequence.last_accepted for w in schedule.work)
-        for name, controller in self._controllers.items():
-            free = self._mixed[name].free if name in self._mixed else ()
-            work = [
-                w
-                for w in schedule.work
-                if w.sequence.drafter == name and w.sequence.adaptive and w.sequence not in free
-            ]
-            if not work or any(w.lookahead < w.riders for w in work):
-                continue  # nobody asked, or the step before let fewer masks ride
-            width = round(sum(min(w.lookahead, widths[name]) for w in work) / len(work))
-            accepted = [w.sequence.last_accepted for w in work]
-            seconds = stats.draft_seconds + stats.verify_seconds
-            controller.observe(len(schedule.work), width, seconds, accepted, tokens - sum(accepted) - len(work))
 
     def check(self) -> None:
         """Raise AssertionError unless the blocks' books balance; when idle, none may be held."""
@@ -273,42 +191,24 @@ class Engine:
             assert self._blocks.num_held == 0, f"{self._blocks.num_held} blocks are held, and nothing runs"
             assert not self.states, "sampling states outlive their sequences"
 
-    def _propose(self, schedule: Schedule) -> list[list[int]]:
-        """The drafts of every piece of work, in order; empty where nothing is drafted."""
-        drafts: list[list[int]] = [[] for _ in schedule.work]
-        for name, drafter in self.drafters.items():
-            places = [i for i, work in enumerate(schedule.work) if work.lookahead and work.sequence.drafter == name]
-            if places:
-                work = [schedule.work[i] for i in places]
-                proposals = drafter.propose([w.sequence for w in work], [w.lookahead for w in work])
-                for place, proposal in zip(places, proposals, strict=True):
-                    assert len(proposal) <= schedule.work[place].lookahead
-                    drafts[place] = proposal
-        return drafts
-
     def _verify(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Computed:
         """Every layer over the newest tokens and their drafts, and over riders for the drafts of the next step."""
+        fused = self._drafting.fused
         rows = [
             Rows(
                 tokens=work.sequence.tokens[work.start : work.start + work.num_known] + draft,
                 position=work.start,
                 table=work.sequence.table,
                 num_logits=work.num_logits(len(draft)),
-                riders=self._fused.adapter.mask_ids(work.riders) if self._fused else (),
+                riders=fused.adapter.mask_ids(work.riders) if fused else (),
                 num_ridden=len(draft) + 1,
             )
             for work, draft in zip(schedule.work, drafts, strict=True)
         ]
         adapter = None
-        if self._fused and any(part.riders for part in rows):
-            adapter = self._fused.bind(first_row=sum(len(part.tokens) for part in rows))
-        drafters = {work.sequence.drafter for work in schedule.work}
-        taps = {layer for name, observer in self._observers.items() if name in drafters for layer in observer.taps}
-        return self.runner.compute(rows, self._verify_plan, adapter, taps)
-
-    def _default_width(self, drafter: str) -> int:
-        """The most tokens to draft for a request that does not say."""
-        return self.widest(drafter) if drafter in self._controllers else DEFAULT_SPECULATIVE_TOKENS
+        if fused and any(part.riders for part in rows):
+            adapter = fused.bind(first_row=sum(len(part.tokens) for part in rows))
+        return self.runner.compute(rows, self._verify_plan, adapter, self._drafting.audience.taps(schedule))
 
     def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
         return [
@@ -361,32 +261,6 @@ class Engine:
             finish = "length"
         return self._output(sequence, verdict.emitted, logits[-len(chosen) :], finish)
 
-    def _show_drafters(self, schedule: Schedule, drafts: SequenceOf[list[int]], computed: Computed) -> None:
-        """Let drafters see what the pass computed at their sequences' newest computed tokens, and behind them."""
-        newest: dict[str, list[Sequence]] = {name: [] for name in self.drafters}
-        row_of: dict[Sequence, int] = {}
-        riders_of: dict[Sequence, Tensor] = {}
-        rows = riders = 0
-        for work, draft in zip(schedule.work, drafts, strict=True):
-            rows += work.num_logits(len(draft))
-            riders += (len(draft) + 1) * work.riders
-            sequence = work.sequence
-            if sequence.finish_reason is None:
-                unaccepted = work.start + work.num_known + len(draft) - sequence.computed
-                end = riders - unaccepted * work.riders
-                newest[sequence.drafter].append(sequence)
-                row_of[sequence] = rows - 1 - unaccepted
-                if self._fused:
-                    riders_of[sequence] = computed.riders[end - work.riders : end]
-                    sequence.ridden = work.riders
-        if self._fused:
-            self._fused.collect(riders_of)
-        for name, observer in self._observers.items():
-            if newest[name]:
-                places = to_device([row_of[sequence] for sequence in newest[name]], computed.hidden.device)
-                tapped = {layer: x[places] for layer, x in computed.tapped.items()}
-                observer.observe(newest[name], computed.hidden[places], tapped)
-
     def _output(
         self, sequence: Sequence, emitted: list[int], logits: Tensor | None, finish: FinishReason | None
     ) -> SequenceOutput:
@@ -426,6 +300,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
+        self._drafting.release(sequence)
         self._scheduler.remove(sequence)
         del self.states[sequence]
         siblings = self._sequences[sequence.request.request_id]
@@ -478,9 +353,9 @@ class Engine:
 
     def _describe(self) -> EngineInfo:
         pool, checkpoint = self.runner.pool, self._checkpoint
-        wanted = self._config.num_speculative_tokens
+        drafter, wanted = self._default_drafter, self._config.num_speculative_tokens
         if wanted is None:
-            wanted = self._default_width(self._default_drafter)
+            wanted = self._drafting.default_width(drafter)
         return EngineInfo(
             model=self._config.model,
             model_path=str(checkpoint.path),
@@ -491,23 +366,15 @@ class Engine:
             max_model_len=self._max_model_len,
             bos_token_id=checkpoint.bos_token_id,
             eos_token_ids=list(checkpoint.eos_token_ids),
-            drafter=self._default_drafter,
+            drafter=drafter,
             drafters=list(self.drafters),
-            num_speculative_tokens=min(wanted, self.widest(self._default_drafter)),
+            num_speculative_tokens=min(wanted, self.widest(drafter)),
             max_speculative_tokens=MAX_SPECULATIVE_TOKENS,
             block_size=pool.block_size,
             num_blocks=pool.num_blocks,
             kv_bytes=pool.num_bytes,
             max_num_seqs=self._config.max_num_seqs,
         )
-
-
-def _controllers(adapter: S3DAdapter | None, drafters: Collection[str]) -> dict[str, Controller]:
-    """One for every drafter whose drafts cost a pass, or rows of one."""
-    if adapter is None:
-        return {}
-    most = adapter.config.num_speculative_tokens
-    return {name: Controller(most) for name in _OF_ADAPTER if name in drafters}
 
 
 def _decision_rows(logits: Tensor, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Tensor:

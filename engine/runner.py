@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skippy.engine.attention import AttentionBackend
+from skippy.engine.attention import AttentionBackend, PassAttention
 from skippy.engine.kv import KVPool
 from skippy.engine.linear import Tiling
 from skippy.engine.model import Adapter, CausalLM, Plan
@@ -43,6 +43,7 @@ class Computed(NamedTuple):
     hidden: Tensor  # [M, hidden_size], the last hidden states of the rows that are read, not normalised
     tapped: dict[int, Tensor]  # by layer, what entered it of these rows, [M, hidden_size]
     riders: Tensor  # [R, hidden_size], the last hidden states of all riders
+    tapped_rows: dict[int, Tensor]  # `tapped` of every row of the pass, [N, hidden_size]
 
 
 class Runner:
@@ -71,12 +72,12 @@ class Runner:
             adapter: made for a pass in which the riders' rows follow all others.
             taps: layers whose input is wanted.
         """
-        batch = self._batch(rows)
-        first_draft = None if adapter is None else adapter.first_row
-        attend = self._attention.begin(batch.segments, batch.slots, batch.riders, first_draft)
+        batch = self.batch(rows)
+        attend = self.attend(batch, None if adapter is None else adapter.first_row)
         hidden, tapped = self.model(batch, plan, attend, adapter, taps)
         read = batch.logit_rows
-        return Computed(hidden[read], {layer: x[read] for layer, x in tapped.items()}, hidden[batch.rider_rows])
+        of_read = {layer: x[read] for layer, x in tapped.items()}
+        return Computed(hidden[read], of_read, hidden[batch.rider_rows], tapped)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -90,7 +91,12 @@ class Runner:
         logits: Tensor = self.model.logits(hidden)
         return logits[:count]
 
-    def _batch(self, rows: SequenceOf[Rows]) -> TokenBatch:
+    def attend(self, batch: TokenBatch, first_draft: int | None) -> PassAttention:
+        """The attention of one pass; see `AttentionBackend.begin`."""
+        return self._attention.begin(batch.segments, batch.slots, batch.riders, first_draft)
+
+    def batch(self, rows: SequenceOf[Rows]) -> TokenBatch:
+        """The rows as tensors, padded."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []

@@ -12,6 +12,7 @@ neighbours are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -216,6 +217,12 @@ def exponential(bits: Tensor) -> Tensor:
     return -torch.log1p((bits.double() + 0.5) * -(2.0**-24))
 
 
+def exponential_of(key: int, token: int) -> float:
+    """`exponential(noise_bits(key, token))` of one pair, without a tensor: for a few it is ten times as fast."""
+    mixed = _mix32_int(_mix32_int(token) ^ key & 0xFFFFFFFF)
+    return -math.log1p(-((mixed >> 8) + 0.5) * 2.0**-24)
+
+
 def survivors(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor | None:
     """[R, V] bool: the tokens that top_k, top_p and min_p leave in the running; None for all."""
     truncated = [p.top_k > 0 or p.top_p < 1.0 for p in params]
@@ -285,6 +292,13 @@ def _mix32(x: Tensor) -> Tensor:
     x = x ^ ((x >> 15) & 0x1FFFF)
     x = x * _signed32(0x846CA68B)
     return x ^ ((x >> 16) & 0xFFFF)
+
+
+def _mix32_int(x: int) -> int:
+    """`_mix32` of one number, unsigned."""
+    x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+    return x ^ x >> 16
 
 
 def _signed32(x: int) -> int:

@@ -110,17 +110,24 @@ class Settings(BaseModel):
     )
     drafter: str = Field(
         default=_ENGINE_DEFAULTS.drafter,
-        description="what proposes tokens ahead: none, ngram, s3d or hybrid; a request may name another; auto takes "
-        "hybrid (prompt lookup where the text repeats at length, s3d elsewhere) where there is an adapter, else ngram",
+        description="what proposes tokens ahead: none, ngram, suffix, recycling, s3d, eagle3 or hybrid; a "
+        "request may name another; auto takes hybrid (suffix where that promises more, elsewhere s3d or eagle3, or "
+        "recycling without an adapter)",
     )
     adapter: str | None = Field(
         default=_ENGINE_DEFAULTS.adapter,
-        description="folder of an adapter for s3d and hybrid; unset: the folder s3d in the model's, if there is one",
+        description="folder of an adapter for s3d, or of a published EAGLE-3 head; unset: the folder s3d in the "
+        "model's, if there is one",
     )
     num_speculative_tokens: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_speculative_tokens,
-        description="tokens drafted per step and sequence; auto: s3d and hybrid measure while serving how many pay, "
-        "none included, and ngram drafts 4",
+        description="tokens drafted per step and sequence; auto: ngram drafts 4, and the others measure while "
+        "serving how many pay, none included",
+    )
+    share_drafts: bool = Field(
+        default=_ENGINE_DEFAULTS.share_drafts,
+        description="draft also from recent outputs of other requests; without, the speed of one client's request "
+        "tells nothing of another's text (see enable_prefix_caching, too)",
     )
     num_threads: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_threads,

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from skippy.engine import Tokenizer
-from skippy.engine.drafters import s3d
+from skippy.engine.drafters import eagle3, recycling, s3d, suffix
 from skippy.server.app import create_app
 from skippy.server.client import AsyncEngineClient
 from skippy.server.settings import Settings
@@ -81,8 +81,9 @@ def sentencepiece(request: pytest.FixtureRequest) -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def all_that_is_drafted_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapters of most tests are random, and sure of nothing: their drafts would all be cut to nothing."""
-    monkeypatch.setattr(s3d, "MIN_REACH", 0.0)
+    """The models and adapters of most tests are random, and nothing is likely: drafts would be cut to nothing."""
+    for module in (eagle3, recycling, s3d, suffix):
+        monkeypatch.setattr(module, "MIN_REACH", 0.0)
 
 
 @pytest.fixture(scope="session", params=["builtin", "bytes", "strip", "metaspace", "stories"])

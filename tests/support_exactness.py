@@ -102,7 +102,19 @@ def reference_answers(folder: Path, modes: Sequence[str] = tuple(MODES)) -> Answ
     return answers
 
 
-DRAFTERS = ("none", "ngram", "s3d", "hybrid", "oracle", "wrong", "off-by-one", "random", "identity")
+DRAFTERS = (
+    "none",
+    "ngram",
+    "suffix",
+    "recycling",
+    "s3d",
+    "hybrid",
+    "oracle",
+    "wrong",
+    "off-by-one",
+    "random",
+    "identity",
+)
 
 
 def assert_exact(

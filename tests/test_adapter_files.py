@@ -216,7 +216,7 @@ class TestWhereItIsLookedFor:
     def test_a_folder_beside_the_model_without_an_adapter_is_none(self, base: Path, tmp_path: Path) -> None:
         model = shutil.copytree(base, tmp_path / "model")
         (model / "s3d").mkdir()  # a training may be under way there
-        assert Engine(EngineConfig(model=str(model), device="cpu")).info.drafter == "ngram"
+        assert Engine(EngineConfig(model=str(model), device="cpu")).info.drafter == "hybrid"
 
     def test_whoever_wants_no_drafts_needs_no_sound_adapter(self, base: Path, tmp_path: Path) -> None:
         model = shutil.copytree(base, tmp_path / "model")

@@ -115,7 +115,10 @@ class TestPlans:
             ("none,s3d:4", "s3d:4 asks for more than the 3 tokens"),
             ("none,ngram:33", "ngram:33 asks for more than the 32 tokens"),
             ("none,ngram,none", "none is there twice"),
-            ("none,crystal-ball:2", "There is no drafter 'crystal-ball'; there are: none, ngram, s3d"),
+            (
+                "none,crystal-ball:2",
+                "There is no drafter 'crystal-ball'; there are: none, ngram, suffix",
+            ),
         ],
     )
     def test_mistakes_are_told_in_one_line(
@@ -242,7 +245,7 @@ def test_without_plans_every_drafter_that_there_is_takes_part(
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).symlink_to(model / name)
     record = json.loads(lines_of(tmp_path, options, capsys)[-1])
-    assert [r["plan"] for r in record["rows"]] == ["none", "ngram"]
+    assert [r["plan"] for r in record["rows"]] == ["none", "ngram", "hybrid"]
     assert record["adapter_sha256"] is None
 
 

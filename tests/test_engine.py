@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -309,7 +310,7 @@ def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 class TestDefaultDrafter:
     @pytest.mark.parametrize(
-        ("drafter", "expected", "width"), [("auto", "hybrid", 10), ("s3d", "s3d", 5), ("ngram", "ngram", 4)]
+        ("drafter", "expected", "width"), [("auto", "hybrid", 16), ("s3d", "s3d", 5), ("ngram", "ngram", 4)]
     )
     def test_with_an_adapter(self, folder: Path, adapter: str, drafter: str, expected: str, width: int) -> None:
         engine = Engine(EngineConfig(model=str(folder), device="cpu", drafter=drafter, adapter=adapter))
@@ -317,11 +318,33 @@ class TestDefaultDrafter:
         assert {"none", "ngram", "s3d", "hybrid"} <= set(engine.info.drafters)
         assert run(engine, max_tokens=2)[-1].drafter == expected
 
-    def test_without_one(self, engine: Engine) -> None:
-        assert engine.info.drafter == "ngram"
+    def test_without_one(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO, "skippy.engine"):
+            engine = Engine(EngineConfig(model=str(folder), device="cpu"))
+        (line,) = [record.message for record in caplog.records if record.message.startswith("drafter ")]
+        assert line.startswith("drafter hybrid: the model has no adapter")
+        assert f"skippy train {folder} -o adapter" in line
+        assert (engine.info.drafter, engine.info.num_speculative_tokens) == ("hybrid", 16)
         assert "s3d" not in engine.info.drafters
         with pytest.raises(InvalidRequest, match="no drafter 's3d'"):
             engine.add(Request("r", PROMPT, drafter="s3d"))
+
+    def test_where_nothing_is_shared_a_request_is_looked_up_in_itself_alone(self, folder: Path) -> None:
+        engine = Engine(EngineConfig(model=str(folder), device="cpu", share_drafts=False))
+        assert engine.info.drafter == "suffix"
+        assert not {"recycling", "hybrid"} & set(engine.info.drafters)
+        params = SamplingParams(max_tokens=20, temperature=1.0, seed=4, ignore_eos=True)
+        request = Request("r", PROMPT, params, num_speculative_tokens=8)
+        first, second = (run_dry(engine, [request])["r", 0][-1].counts for _ in range(2))
+        assert first == second
+
+    def test_what_is_shared_makes_the_same_text_faster_the_next_time(self, folder: Path) -> None:
+        engine = Engine(EngineConfig(model=str(folder), device="cpu"))
+        params = SamplingParams(max_tokens=20, temperature=1.0, seed=4, ignore_eos=True)
+        for drafter in ("suffix", "recycling", "hybrid"):
+            request = Request("r", PROMPT, params, drafter=drafter, num_speculative_tokens=8)
+            first, second = (run_dry(engine, [request])["r", 0][-1].counts for _ in range(2))
+            assert second.steps < first.steps or drafter == "hybrid"
 
     def test_a_width_that_is_given_holds_for_every_drafter(self, folder: Path, adapter: str) -> None:
         engine = Engine(EngineConfig(model=str(folder), device="cpu", adapter=adapter, num_speculative_tokens=2))

@@ -19,9 +19,12 @@ WITHOUT_TORCH = (
     "blocks",
     "config",
     "controller",
+    "drafters.auto",
     "drafters.base",
+    "drafters.calibration",
     "drafters.ngram",
     "drafters.none",
+    "drafters.suffix",
     "errors",
     "hub",
     "messages",
@@ -46,8 +49,12 @@ FORBIDDEN = [
     # How a configuration reads is known before anything is loaded.
     ("skippy.engine.families", ("skippy.engine.weights", "skippy.engine.build", "transformers"), ()),
     ("skippy.engine.adapter", ("skippy.engine.runner", "skippy.engine.kv", "skippy.engine.adapter_files"), ()),
-    # A draft pass and a chain of tokens are one drafter's business, and its training's.
-    ("skippy", ("skippy.engine.chain",), ("skippy.engine.drafters.s3d", "skippy.engine.training")),
+    # A draft pass and a chain of tokens are the business of drafters that run a model, and of their training.
+    (
+        "skippy",
+        ("skippy.engine.chain",),
+        ("skippy.engine.drafters.s3d", "skippy.engine.drafters.eagle3", "skippy.engine.training"),
+    ),
     ("skippy", ("skippy.engine.training",), ("skippy.engine.training",)),
     ("skippy.engine.accept", ("skippy.engine.model",), ()),
     ("skippy.engine.sampling", ("skippy.engine.model",), ()),

@@ -98,7 +98,7 @@ def shares_noise_between_choices(patch: pytest.MonkeyPatch) -> None:
 
 
 def shifts_the_positions_of_drafts(patch: pytest.MonkeyPatch) -> None:
-    batch = Runner._batch
+    batch = Runner.batch
 
     def shifted(runner: Runner, rows: Any) -> Any:
         made = batch(runner, rows)
@@ -106,7 +106,7 @@ def shifts_the_positions_of_drafts(patch: pytest.MonkeyPatch) -> None:
             made.positions[1] += 1
         return made
 
-    patch.setattr(Runner, "_batch", shifted)
+    patch.setattr(Runner, "batch", shifted)
 
 
 def reuses_blocks_of_other_prefixes(patch: pytest.MonkeyPatch) -> None:

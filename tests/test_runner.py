@@ -219,19 +219,20 @@ class TestTaps:
         config, model = bench.runner.model.config, bench.runner.model
         end = config.num_hidden_layers
         rows = [Rows(bench.text[LENGTH - 9 :], LENGTH - 9, bench.table, 4), bench.neighbours[0]]
-        hidden, taps, _ = bench.runner.compute(rows, bench.plan, taps=(0, 1, end))
+        hidden, taps, _, every = bench.runner.compute(rows, bench.plan, taps=(0, 1, end))
         read = torch.tensor([*bench.text[-4:], *bench.neighbours[0].tokens])
         assert set(taps) == {0, 1, end}
         assert torch.equal(taps[0], model.model.embed_tokens(read))
         assert torch.equal(taps[end], hidden)
-        shorter, _, _ = bench.runner.compute(rows, bench.plan[:1])
+        assert torch.equal(every[0][: len(rows[0].tokens)], model.model.embed_tokens(torch.tensor(rows[0].tokens)))
+        shorter, *_ = bench.runner.compute(rows, bench.plan[:1])
         assert torch.equal(taps[1], shorter)
         assert torch.equal(bench.runner.logits(hidden)[:4], bench.logits[-4:])
 
     def test_they_change_no_bit(self, bench: Bench) -> None:
         rows = [bench.rows(LENGTH - 5, LENGTH)]
         every = range(bench.runner.model.config.num_hidden_layers + 1)
-        hidden, _, _ = bench.runner.compute(rows, bench.plan, taps=every)
+        hidden, *_ = bench.runner.compute(rows, bench.plan, taps=every)
         assert torch.equal(bench.runner.logits(hidden), bench.logits[-5:])
 
 

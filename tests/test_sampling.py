@@ -17,7 +17,16 @@ from torch import Tensor
 
 from skippy.engine import sampling
 from skippy.engine.reference import reference_choice
-from skippy.engine.sampling import RowGroup, SamplingState, choose, exponential, fold, logprobs, noise_bits
+from skippy.engine.sampling import (
+    RowGroup,
+    SamplingState,
+    choose,
+    exponential,
+    exponential_of,
+    fold,
+    logprobs,
+    noise_bits,
+)
 from skippy.engine.types import SamplingParams
 
 CPU = torch.device("cpu")
@@ -232,6 +241,12 @@ class TestNoise:
         counts = torch.bincount(bits >> 16, minlength=256)
         expected = len(bits) / 256
         assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(255)
+
+    @pytest.mark.parametrize("key", [0, 1, -1, 2**31 - 1, -(2**31), 123456789])
+    def test_that_of_one_pair_is_the_same(self, key: int) -> None:
+        ids = [0, 1, 77, 8191, 128255, 2**31 - 1]
+        noise = exponential(noise_bits(torch.tensor(key, dtype=torch.int32), torch.tensor(ids, dtype=torch.int32)))
+        assert [exponential_of(key, token) for token in ids] == pytest.approx(noise.tolist(), rel=1e-12)
 
     def test_it_is_standard_exponential(self) -> None:
         noise = exponential(self.bits(99))

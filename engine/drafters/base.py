@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from skippy.engine.sequence import Sequence
 
@@ -45,13 +45,47 @@ class Observer(Protocol):
         ...
 
 
-@runtime_checkable
-class Mixed(Protocol):
-    """A drafter some of whose drafts cost next to nothing; only the others are the controller's business."""
+class Followed(NamedTuple):
+    """Rows of a verify pass that stand: known tokens and accepted drafts of one sequence."""
 
-    free_width: int
-    """The most tokens of a draft that costs nothing; 0 if the controller's width holds for every draft."""
-    paid_width: int
-    """The most tokens of any other draft for an adaptive sequence, set before each step."""
-    free: Collection[Sequence]
-    """Whose drafts of the last proposal cost nothing."""
+    sequence: Sequence
+    row: int
+    """The first of the rows in the pass."""
+    position: int
+    """Its position. What follows the last of the rows is known, too."""
+    num_rows: int
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A drafter that computes something of its own for every token that the verifier computes."""
+
+    @property
+    def taps(self) -> SequenceOf[int]:
+        """The layers whose input it wants to see."""
+        ...
+
+    def follow(self, parts: SequenceOf[Followed], tapped: Mapping[int, Tensor]) -> None:
+        """What the last pass computed; tapped by layer, what entered it, [rows of the pass, hidden_size]."""
+        ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A drafter that learns from the logits of the verify pass."""
+
+    def read(self, tokens: SequenceOf[int], logits: Tensor) -> None:
+        """What the last pass made of its sequences' tokens and drafts, as far as it computed logits.
+
+        logits [len(tokens), vocabulary] float32, raw: row i is of what follows tokens[i] in its text.
+        """
+        ...
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """A drafter that keeps something for each sequence while it lives."""
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence has ended; its tokens will not change any more."""
+        ...

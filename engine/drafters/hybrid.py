@@ -1,63 +1,82 @@
-"""Prompt lookup where the text repeats itself at length, and S3D where it does not.
-
-A long repetition is the surest draft there is, and finding it costs no pass of the model.
-"""
+"""Lookup where the text repeats itself, another drafter where it does not."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 
-from torch import Tensor
-
-from skippy.engine.drafters.ngram import lookup
-from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
+from skippy.engine.drafters.base import Drafter, Keeper
+from skippy.engine.drafters.suffix import MAX_DRAFT, Lookup, SuffixDrafter
 from skippy.engine.sequence import Sequence
 
-MIN_MATCH = 6
-"""Tokens that must have occurred before: with fewer, a trained drafter foresees better."""
-LOOKUP_WIDTH = 10
-"""Tokens that a lookup may draft: a text that repeats itself goes on doing so."""
+DECAY = 0.98
+"""What the other drafter's last draft leaves of what its drafts came to before."""
 
 
 class HybridDrafter:
-    """Looks up first, and lets the model draft for the sequences in which nothing is found.
+    """Looks up first, which costs no pass, and asks another drafter where that promises less.
 
-    After drafts in vain, of either kind, only a longer repetition counts: the text has turned.
+    That is, where the tokens that a step with the lookup is expected to emit are fewer, for the
+    time it takes, than those of the steps with the other's drafts lately.
+
+    Args:
+        draft_cost: what a draft of the other's takes, in verify passes.
+
+    Attributes:
+        free_width: the most tokens of a draft that costs nothing but its rows; 0 if the other's cost no more.
+        paid_width: the most tokens of the other's drafts for adaptive sequences, set before each step.
+        free: whose drafts of the last proposal cost nothing.
     """
 
     name = "hybrid"
 
-    def __init__(self, s3d: S3DDrafter | S3DFusedDrafter) -> None:
-        self._s3d = s3d
-        # Masks ride before anybody knows what a lookup will find, so with them no draft is free.
-        self.free_width = LOOKUP_WIDTH if isinstance(s3d, S3DDrafter) else 0
+    def __init__(self, lookup: SuffixDrafter, other: Drafter, draft_cost: float = 0.0) -> None:
+        self._lookup = lookup
+        self._other = other
+        self._draft_cost = draft_cost
+        self.free_width = MAX_DRAFT if draft_cost else 0
         self.paid_width = 0
         self.free: Collection[Sequence] = ()
+        self._asked: set[Sequence] = set()
+        """Sequences whose last draft was the other's."""
+        self._accepted = 0.0
+        """Of the other's drafts, on average."""
 
     @property
-    def taps(self) -> SequenceOf[int]:
-        return self._s3d.taps if isinstance(self._s3d, S3DDrafter) else ()
+    def parts(self) -> tuple[Drafter, ...]:
+        """Who drafts, for whom it concerns what the verify pass computed."""
+        return (self._lookup, self._other)
 
-    def observe(self, sequences: SequenceOf[Sequence], hidden: Tensor, tapped: Mapping[int, Tensor]) -> None:
-        if isinstance(self._s3d, S3DDrafter):
-            self._s3d.observe(sequences, hidden, tapped)
+    def release(self, sequence: Sequence) -> None:
+        self._asked.discard(sequence)
+        for drafter in self.parts:
+            if isinstance(drafter, Keeper):
+                drafter.release(sequence)
 
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
-        drafts = [
-            lookup(sequence.tokens, limit, MIN_MATCH + sequence.misses)
-            for sequence, limit in zip(sequences, limits, strict=True)
-        ]
-        left = [place for place, draft in enumerate(drafts) if not draft]
-        if self.free_width:
-            self.free = {sequence for sequence, draft in zip(sequences, drafts, strict=True) if draft}
-        if left:
-            others = self._s3d.propose(
-                [sequences[place] for place in left], [self._limit(sequences[place], limits[place]) for place in left]
-            )
-            for place, draft in zip(left, others, strict=True):
+        self._learn(sequences)
+        found = [self._lookup.look_up(s, limit) for s, limit in zip(sequences, limits, strict=True)]
+        drafts = [lookup.draft for lookup in found]
+        left = [place for place, lookup in enumerate(found) if not self._suffices(lookup)]
+        others = self._other.propose([sequences[i] for i in left], [self._limit(sequences[i], limits[i]) for i in left])
+        for place, draft in zip(left, others, strict=True):
+            if draft:
                 drafts[place] = draft
+                self._asked.add(sequences[place])
+        if self.free_width:
+            looked_up = zip(sequences, drafts, strict=True)
+            self.free = {sequence for sequence, draft in looked_up if draft and sequence not in self._asked}
         return drafts
+
+    def _suffices(self, lookup: Lookup) -> bool:
+        """Whether a step with this draft promises more tokens for its time than one with the other's."""
+        return bool(lookup.draft) and (1 + lookup.promise) * (1 + self._draft_cost) >= 1 + self._accepted
 
     def _limit(self, sequence: Sequence, granted: int) -> int:
         return min(granted, self.paid_width) if sequence.adaptive else granted
+
+    def _learn(self, sequences: SequenceOf[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence in self._asked:
+                self._accepted += (1.0 - DECAY) * (sequence.last_accepted - self._accepted)
+                self._asked.discard(sequence)

@@ -15,11 +15,12 @@ import json
 from collections.abc import Sequence as SequenceOf
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams, Tokenizer
-from skippy.engine.drafters.hybrid import LOOKUP_WIDTH, MIN_MATCH
 from skippy.engine.drafters.ngram import lookup
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.sequence import Sequence
 
+LOOKUP_WIDTH, MIN_MATCH = 10, 6
+"""Of the lookups recorded: how much they draft, and how many tokens must have occurred before."""
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 OPENINGS = (
     "def fibonacci(n):\n",

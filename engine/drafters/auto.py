@@ -1,0 +1,26 @@
+"""Which drafter serves requests that name none, and what to say about it. Pure Python."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection
+
+
+def describe_choice(chosen: str, known: Collection[str], model: str) -> str:
+    """One line for the log: what `--drafter auto` took, and why.
+
+    Args:
+        known: the drafters that there are.
+        model: as the user named it.
+    """
+    if of_adapter := {"s3d", "eagle3"} & set(known):
+        return f"drafter {chosen}: the model has an adapter ({of_adapter.pop()}); what repeats is looked up instead"
+    what = "what repeats is looked up"
+    if chosen == "hybrid":
+        what += ", for the rest the likeliest tokens of before are drafted again"
+    return f"drafter {chosen}: the model has no adapter, so {what}; to train one: {train_command(model)}"
+
+
+def train_command(model: str) -> str:
+    """What trains an adapter for a model."""
+    return f"skippy train {shlex.quote(model)} -o adapter"

@@ -1,0 +1,23 @@
+"""What the log says about the drafter that was taken."""
+
+from __future__ import annotations
+
+import pytest
+
+from skippy.engine.drafters.auto import describe_choice
+
+
+@pytest.mark.parametrize(
+    ("chosen", "known", "expected", "advice"),
+    [
+        ("hybrid", ("none", "suffix", "s3d", "hybrid"), "the model has an adapter", False),
+        ("hybrid", ("none", "suffix", "recycling", "hybrid"), "likeliest tokens of before", True),
+        ("suffix", ("none", "suffix"), "what repeats is looked up; to train", True),
+    ],
+)
+def test_one_line_says_what_and_why(chosen: str, known: tuple[str, ...], expected: str, advice: bool) -> None:
+    line = describe_choice(chosen, known, "my model")
+    assert line.startswith(f"drafter {chosen}: ")
+    assert expected in line
+    assert ("skippy train 'my model' -o adapter" in line) == advice
+    assert "\n" not in line
