@@ -161,7 +161,8 @@ def run_bench(config: EngineConfig, options: BenchOptions) -> int:
     plans = plans or [DraftPlan(name) for name in DEFAULT_DRAFTERS if name in engine.drafters]
     _check_plans(plans, engine)
     options = replace(options, drafters=tuple(map(str, plans)))
-    prompts = _read_prompts(engine, options)
+    texts = read_prompts(options.prompts, options.limit)
+    prompts = encode_prompts(engine, texts, options.max_tokens, options.prompts)
     hashes = _hashes(config, engine)
     _print_head(engine, len(prompts), options)
     rows: list[Row] = []
@@ -219,6 +220,7 @@ def decode(
     batch_size: int,
     params: SamplingParams,
     num_speculative_tokens: int | None = None,
+    on_step: Callable[[StepOutput], None] = lambda _: None,
 ) -> Run:
     """All prompts through the engine, `batch_size` at a time."""
     steps: list[StepOutput] = []
@@ -233,6 +235,7 @@ def decode(
             live += 1
         step = engine.step()
         steps.append(step)
+        on_step(step)
         for output in step.outputs:
             if output.error is not None:
                 raise RuntimeError(output.error)
@@ -404,14 +407,18 @@ def is_looping(tokens: SequenceOf[int]) -> bool:
 # --- what is measured, and on what ------------------------------------------------------------------------------
 
 
-def _read_prompts(engine: Engine, options: BenchOptions) -> list[tuple[int, ...]]:
-    texts = read_prompts(options.prompts, options.limit)
+def encode_prompts(engine: Engine, texts: Iterable[str], max_tokens: int, source: str) -> list[tuple[int, ...]]:
+    """The prompts that leave room for `max_tokens`.
+
+    Raises:
+        ConfigError: none does.
+    """
     tokenizer = Tokenizer.load(engine.info.model_path)
-    room = engine.info.max_model_len - options.max_tokens
+    room = engine.info.max_model_len - max_tokens
     prompts = [tuple(tokenizer.encode(text)) for text in texts]
     fitting = [prompt for prompt in prompts if 0 < len(prompt) <= room]
     if not fitting:
-        raise ConfigError(f"{options.prompts} holds no prompt that fits {room} tokens.")
+        raise ConfigError(f"{source} holds no prompt that fits {room} tokens.")
     if len(fitting) < len(prompts):
         _print(f"{len(prompts) - len(fitting)} prompts are longer than {room} tokens and left out")
     return fitting

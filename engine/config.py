@@ -34,6 +34,7 @@ class EngineConfig:
     drafter: str = "auto"
     adapter: str | None = None
     num_speculative_tokens: int | None = None
+    tuned_plan: str | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -8,7 +8,8 @@ depend on any of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypedDict
 
 DECAY = 0.98
 """What the last draft leaves of what was known before. A text changes its character within a few lines."""
@@ -25,10 +26,23 @@ MARGIN = 1.02
 """Another width must promise this much more to be preferred to the last one."""
 PATIENCE = 8
 """Steps that a width to be measured is asked for in vain: rows or blocks may not allow it, or prompts never end."""
+PRIOR_DRAFTS = 16.0
+"""Drafts that a prior's acceptance counts for."""
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 
 
 _Promise = Callable[[int], float]
+
+
+class Prior(TypedDict):
+    """What `skippy tune` measured, for a controller to begin with.
+
+    seconds: of a step per sequence, by batch size rounded up to a power of two, and by width.
+    acceptance: the share of drafts whose token at each depth was accepted.
+    """
+
+    seconds: Mapping[int, Mapping[int, float]]
+    acceptance: Sequence[float]
 
 
 class Controller:
@@ -36,15 +50,21 @@ class Controller:
 
     Times are kept by batch size, rounded up to a power of two; acceptance is pooled.
 
+    Args:
+        prior: what is known already; it is corrected while serving like all else.
+
     Attributes:
         most: the widest it chooses.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, prior: Prior | None = None) -> None:
         self.most = most
-        self._widths = [width for width in WIDTHS if width < most] + [most]
+        self._widths = widths_up_to(most)
         self._accepted = [0.0] * most
         self._drafts = [0.0] * most
+        self._prior = prior or {"seconds": {}, "acceptance": ()}
+        for depth, share in enumerate(self._prior["acceptance"][:most]):
+            self._drafts[depth], self._accepted[depth] = PRIOR_DRAFTS, PRIOR_DRAFTS * share
         self._classes: dict[int, _BatchClass] = {}
 
     def width(self, batch: int) -> int:
@@ -64,9 +84,9 @@ class Controller:
         return (self._accepted[depth] + 0.5) / (self._drafts[depth] + 1.0)
 
     def _class_of(self, batch: int) -> _BatchClass:
-        key = _power_of_two(batch)
+        key = batch_class(batch)
         if key not in self._classes:
-            self._classes[key] = _BatchClass(self._widths)
+            self._classes[key] = _BatchClass(self._widths, self._prior["seconds"].get(key, {}))
         return self._classes[key]
 
     def _promise(self, width: int) -> float:
@@ -81,10 +101,11 @@ class Controller:
 class _BatchClass:
     """Times of steps of about one batch size, by width."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
-        self._seconds: dict[int, float] = {}
+    def __init__(self, widths: Sequence[int], known: Mapping[int, float]) -> None:
+        self._seconds = {width: known[width] for width in widths if width in known}
+        unknown = [width for width in widths if width not in known]
         # Widest first: it shows the acceptance at every depth. Twice: the first time of anything may be slow.
-        self._unmeasured = sorted([*widths, *widths])
+        self._unmeasured = sorted([*unknown, *unknown])
         self._age = dict.fromkeys(widths, 0)
         self._steps = 0
         self._probe = widths[-1]
@@ -125,5 +146,11 @@ class _BatchClass:
         self._seconds[width] = old + TIME_SHARE * (min(seconds, HICCUP * old) - old)
 
 
-def _power_of_two(batch: int) -> int:
+def widths_up_to(most: int) -> list[int]:
+    """Those that a controller chooses among."""
+    return [width for width in WIDTHS if width < most] + [most]
+
+
+def batch_class(batch: int) -> int:
+    """Batch sizes whose times are kept together: the next power of two."""
     return 1 << max(0, batch - 1).bit_length()

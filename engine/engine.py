@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -17,7 +17,7 @@ from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import build
 from skippy.engine.config import EngineConfig
-from skippy.engine.controller import Controller
+from skippy.engine.controller import Controller, Prior
 from skippy.engine.drafters.base import Drafter, Observer
 from skippy.engine.drafters.hybrid import LOOKUP_WIDTH, HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
@@ -31,6 +31,7 @@ from skippy.engine.scheduler import Schedule, Scheduler, Work
 from skippy.engine.sequence import Sequence
 from skippy.engine.stats import Clock, count_pass, count_verdict
 from skippy.engine.tensors import to_device
+from skippy.engine.tuned import load_priors
 from skippy.engine.types import (
     DraftCounts,
     EngineInfo,
@@ -97,13 +98,22 @@ class Engine:
         for drafter in known:
             self._know(drafter)
         self._default_drafter = self._choose_drafter()
-        self._controllers = _controllers(built.adapter, self.drafters)
+        self._controllers = _controllers(built.adapter, self.drafters, load_priors(config, built))
         self.info = self._describe()
 
     def add_drafter(self, drafter: Drafter) -> None:
         """Let requests name one more drafter."""
         self._know(drafter)
         self.info = self._describe()
+
+    @property
+    def controlled(self) -> tuple[str, ...]:
+        """The drafters whose width a controller chooses."""
+        return tuple(self._controllers)
+
+    def control(self, drafter: str, controller: Controller) -> None:
+        """Let another controller choose the width of one of `controlled`."""
+        self._controllers[drafter] = controller
 
     def widest(self, drafter: str) -> int:
         """The most tokens that a drafter drafts in one step."""
@@ -478,14 +488,16 @@ class Engine:
         )
 
 
-def _controllers(adapter: S3DAdapter | None, drafters: Collection[str]) -> dict[str, Controller]:
+def _controllers(
+    adapter: S3DAdapter | None, drafters: Collection[str], priors: Mapping[str, Prior]
+) -> dict[str, Controller]:
     """One for every drafter whose drafts cost a pass, or rows of one."""
     if adapter is None:
         return {}
     width, fused = adapter.config.num_speculative_tokens, adapter.config.fused
     # A fused adapter has no more masks to let ride behind a draft than it drafts itself.
     widest = {S3DDrafter.name: width, HybridDrafter.name: width if fused else max(width, LOOKUP_WIDTH)}
-    return {name: Controller(most) for name, most in widest.items() if name in drafters}
+    return {name: Controller(most, priors.get(name)) for name, most in widest.items() if name in drafters}
 
 
 def _decision_rows(logits: Tensor, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Tensor:

@@ -105,6 +105,11 @@ class Settings(BaseModel):
         description="tokens drafted per step and sequence; unset: s3d and hybrid measure while serving how many pay, "
         "none included, and ngram drafts 4",
     )
+    tuned_plan: str | None = Field(
+        default=_ENGINE_DEFAULTS.tuned_plan,
+        description="file that skippy tune saved, with which s3d and hybrid need not measure first; unset: the one in "
+        "the user's cache directory, if there is one",
+    )
     num_threads: int | None = Field(
         default=_ENGINE_DEFAULTS.num_threads,
         description="CPU threads of the engine; unset: all cores, one less when serving",
