@@ -76,6 +76,10 @@ class Observations:
         """The steps seen of the width that was seen least."""
         return min(len(self.times[batch_class(batch), width].verify) for width in widths)
 
+    def covers(self, widths: Sequence[int]) -> bool:
+        """Whether every width was seen with some batch size."""
+        return {width for (_, width), times in self.times.items() if times.verify} >= set(widths)
+
     def step_seconds(self, batch: int, width: int) -> float:
         """Of a step, interpolated between the batch sizes that were seen with this width.
 

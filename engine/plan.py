@@ -327,8 +327,8 @@ def _lines(record: Record) -> list[str]:
         f"{kv['num_blocks']} blocks can be of use",
         f"context {kv['max_model_len']:,} of {kv['wanted_len']:,}",
         *(f"batch at {length:,} tokens each: {count}" for length, count in kv["sequences_by_length"].items() if count),
-        f"rows of a pass that cost nothing: {predicted['free_rows']}; a draft pass costs {predicted['beta_eff']:.2f} of "
-        "a plain one",
+        f"rows that cost nothing: {predicted['free_rows']}; a draft pass reads {predicted['beta_eff']:.2f} of "
+        "what a plain one reads",
     ]
     for row in predicted["speed"]:
         drafted = ", ".join(
@@ -336,13 +336,13 @@ def _lines(record: Record) -> list[str]:
             for one in row["drafted"]
         )
         lines.append(
-            f"tokens/s at most, batch {row['batch']} of {row['context']:,} tokens: {row['tokens_per_second']:.0f} plain, "
-            f"{drafted}"
+            f"tokens/s at most, batch {row['batch']} of {row['context']:,} tokens: "
+            f"{row['tokens_per_second']:.0f} plain, {drafted}"
         )
     fits = "fits" if training["fits"] else "does not fit"
     lines += [
-        f"training: {duration(training['writing_seconds'])} to write the texts, {duration(training['training_seconds'])} "
-        f"to train {training['adapter_parameters']:,} parameters",
+        f"training: {duration(training['writing_seconds'])} to write the texts, "
+        f"{duration(training['training_seconds'])} to train {training['adapter_parameters']:,} parameters",
         f"training memory {_gb(training['bytes'])}: {fits}",
     ]
     return told + [f"predicted  {line}" for line in lines]

@@ -30,7 +30,7 @@ from skippy.engine.forecast import Draft, Observations, predict
 from skippy.engine.plan import model_sizes
 from skippy.engine.prompts import read_prompts
 from skippy.engine.roofline import beta_eff, closed_form, weights_on_cpu, weights_on_gpu
-from skippy.engine.tuned import FORMAT_VERSION, Measured, TunedPlan, default_path, key_of, save_plan
+from skippy.engine.tuned import FORMAT_VERSION, Measured, TunedPlan, check_writable, default_path, key_of, save_plan
 from skippy.engine.types import SamplingParams, StepOutput
 from skippy.engine.weights import Checkpoint, open_checkpoint
 from skippy.engine.worker import leave_a_core
@@ -166,7 +166,8 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
     """Measure, print a table, save the plan and return 0.
 
     Raises:
-        ConfigError: the prompts cannot be read, the plan cannot be written, or no drafter's width is ever chosen.
+        ConfigError: the prompts cannot be read or are too few, the plan cannot be written, or there is no drafter
+            whose width is ever chosen.
         CheckpointError: the model cannot be loaded.
     """
     # As many threads as in serving; and a cached prompt would make every run but the first look faster.
@@ -179,9 +180,11 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
     engine = Engine(config)
     if not engine.controlled:
         raise ConfigError(f"there is nothing to tune: no drafter of {config.model} has a choice of widths.")
+    checkpoint = open_checkpoint(config.model)
+    path = default_path(checkpoint) if options.output is None else Path(options.output).expanduser()
+    check_writable(path)
     texts = PROMPTS if options.prompts is None else read_prompts(options.prompts, options.limit)
     prompts = encode_prompts(engine, texts, options.max_tokens, options.prompts or "the built-in list")
-    checkpoint = open_checkpoint(config.model)
     _print(f"{len(prompts)} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
     _print("  ".join(title.rjust(width) for title, width, _, _ in COLUMNS))
     rows: list[Row] = []
@@ -195,7 +198,6 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
         drafters[drafter] = Measured(**seen.prior(engine.widest(drafter)))  # type: ignore[arg-type]
         shares = " ".join(f"{share:.2f}" for share in drafters[drafter].acceptance)
         _print(f"{drafter}: accepted by depth {shares}")
-    path = default_path(checkpoint) if options.output is None else Path(options.output).expanduser()
     key = key_of(config, checkpoint, engine.info.device, engine.info.dtype)
     save_plan(path, TunedPlan(FORMAT_VERSION, key, drafters, rows))
     _print(f"saved {path}")
@@ -238,6 +240,8 @@ def _measure(
                 sweep(batch_size, Sweep(most, widths, hold, seed=turn * MOST_SWEEPS + number))
                 if seen.count(min(batch_size, len(prompts)), widths) >= ENOUGH * (turn + 1):
                     break
+            if not seen.covers(widths):
+                raise ConfigError("too little text to measure every width with: more prompts or a larger max_tokens.")
             for width in widths:
                 run = decode(engine, prompts, drafter, batch_size, params, width)
                 runs.setdefault((batch_size, width), []).append(run)

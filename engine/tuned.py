@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -89,19 +90,25 @@ def default_path(checkpoint: Checkpoint) -> Path:
     return Path(cache) / "skippy" / "plans" / f"{checkpoint.path.name}-{digest[:16]}.json"
 
 
-def save_plan(path: Path, plan: TunedPlan) -> None:
-    """Write a plan; whoever reads meanwhile finds a whole file.
+def check_writable(path: Path) -> None:
+    """Find out now whether a plan can be written there later.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot.
     """
-    new = path.with_name(f"{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(msgspec.json.format(msgspec.json.encode(plan)) + b"\n")
-        new.replace(path)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def save_plan(path: Path, plan: TunedPlan) -> None:
+    """Write a plan; whoever reads meanwhile finds a whole file."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_bytes(msgspec.json.format(msgspec.json.encode(plan)) + b"\n")
+    new.replace(path)
 
 
 def load_priors(config: EngineConfig, built: Build) -> Mapping[str, Prior]:

@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from support_engine import write_adapter, write_checkpoint
 
+import skippy.engine.tune as tune_module
 from skippy.engine import ConfigError, Engine, EngineConfig, TuneOptions, run_tune
 from skippy.engine.controller import widths_up_to
 from skippy.engine.runner import Computed, Rows, Runner
@@ -54,7 +55,7 @@ def model(
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
-    texts = ("abcabcabcab", "def f(x):", "to be, or not to be, that is", "1 2 3 4", "x", "yyyy", "zz top", "[1, [2]]")
+    texts = ("abcabcabcab", "def f(x):", "to be, or not to be, that is", "1 2 3 4")
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return path
 
@@ -71,12 +72,11 @@ class TestPredictions:
         self, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Machine(monkeypatch)
-        plan = tune(
-            model, tmp_path / "plan.json", prompts=str(prompts), batch_sizes=(1, 4), max_tokens=40, repeat=1
-        )
+        monkeypatch.setattr(tune_module, "MOST_SWEEPS", 2)
+        plan = tune(model, tmp_path / "plan.json", prompts=str(prompts), batch_sizes=(1, 3), max_tokens=32, repeat=1)
         rows = {(row["drafter"], row["batch_size"], row["width"]): row for row in plan["rows"]}
         for drafter, widths in (("s3d", WIDTHS), ("hybrid", WIDTHS)):
-            for batch in (1, 4):
+            for batch in (1, 3):
                 assert {width for d, b, width in rows if (d, b) == (drafter, batch)} >= set(widths)
         off = {at: row["predicted"] / row["measured"] - 1 for at, row in rows.items()}
         assert max(abs(error) for error in off.values()) <= 0.15, off
@@ -108,7 +108,18 @@ class TestCommand:
         self, model: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         file = tmp_path / "deep" / "plan.json"
-        flags = ["--prompts", str(prompts), "--batch-sizes", "2", "--max-tokens", "12", "--repeat", "1", "-o", str(file)]
+        flags = [
+            "--prompts",
+            str(prompts),
+            "--batch-sizes",
+            "2",
+            "--max-tokens",
+            "12",
+            "--repeat",
+            "1",
+            "-o",
+            str(file),
+        ]
         machine = ["--num-threads", "1", "--dtype", "float32"]
         assert cli.main(["tune", str(model), *flags, *machine]) == 0
         out, _ = capsys.readouterr()
@@ -127,9 +138,12 @@ class TestCommand:
             run_tune(EngineConfig(model=str(folder), num_threads=1), TuneOptions())
 
     def test_a_plan_that_cannot_be_written_is_told(self, model: Path, prompts: Path) -> None:
-        options = TuneOptions("/dev/null/plan.json", str(prompts), (1,), max_tokens=8, limit=1, repeat=1)
-        with pytest.raises(ConfigError, match="cannot write /dev/null/plan.json"):
-            run_tune(EngineConfig(model=str(model), num_threads=1), options)
+        with pytest.raises(ConfigError, match=r"cannot write /dev/null/plan.json"):
+            tune(model, Path("/dev/null/plan.json"), prompts=str(prompts))
+
+    def test_too_little_text_is_told(self, model: Path, prompts: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="too little text"):
+            tune(model, tmp_path / "p.json", prompts=str(prompts), batch_sizes=(4,), max_tokens=2, limit=1, repeat=1)
 
 
 def test_the_built_in_prompts_fill_the_largest_batch() -> None:
