@@ -7,6 +7,7 @@ card's datasheet, so bounds that no machine quite reaches.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Mapping
@@ -96,6 +97,8 @@ def open_config(model: str) -> Checkpoint:
     """
     if model == BUILTIN_MODEL or Path(model).expanduser().exists() or not _HUB_ID.fullmatch(model):
         return open_checkpoint(model)
+    # Its client warns of every try; the last failure is told here.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         file = hf_hub_download(model, "config.json")
     except GatedRepoError as error:

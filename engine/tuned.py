@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 import torch
@@ -31,7 +31,7 @@ from skippy.engine.weights import Checkpoint
 if TYPE_CHECKING:
     from skippy.engine.build import Build
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 
 _Seconds = Annotated[float, msgspec.Meta(gt=0.0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]

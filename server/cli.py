@@ -276,16 +276,16 @@ COMMANDS = {
         _BENCH_OPTIONS,
     ),
     "train": Command("teach a model to draft for itself", _train, _TRAIN_SETTINGS, _TRAIN_OPTIONS),
-    "plan": Command(
-        "predict what a model would need and do on a card, from its config.json", _plan, _PLAN_SETTINGS, _PLAN_OPTIONS
-    ),
-    "tune": Command("measure how much drafting pays on this machine, for serve", _tune, _TUNE_SETTINGS, _TUNE_OPTIONS),
     "verify": Command(
         "check that a running server answers the same however it drafts",
         _verify,
         options=_VERIFY_OPTIONS,
         position=Option("url", str, "the server, as http://localhost:8000", metavar="URL"),
     ),
+    "plan": Command(
+        "predict what a model would need and do on a card, from its config.json", _plan, _PLAN_SETTINGS, _PLAN_OPTIONS
+    ),
+    "tune": Command("measure how much drafting pays on this machine, for serve", _tune, _TUNE_SETTINGS, _TUNE_OPTIONS),
 }
 
 

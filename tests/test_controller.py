@@ -117,3 +117,31 @@ def test_without_any_measurement_drafts_are_short() -> None:
     controller = Controller(10)
     widths = [controller.width(4) for _ in range(400)]
     assert widths[-1] == 2
+
+
+class TestPrior:
+    """What is known before the first step."""
+
+    def test_what_is_known_need_not_be_measured(self) -> None:
+        times = {0: 1.0, 1: 1.1, 2: 1.2, 3: 1.3, 4: 1.4, 5: 1.5, 6: 1.6}
+        controller = Controller(MOST, {"seconds": {1: times}, "acceptance": [0.9] * MOST})
+        widths = drive(controller, 1, lambda width: 1.0 + 0.1 * width, 0.9, PROBE_EVERY - 1)
+        assert set(widths) == {MOST}
+
+    def test_a_batch_size_of_which_nothing_is_known_is_measured(self) -> None:
+        controller = Controller(MOST, {"seconds": {1: {0: 1.0}}, "acceptance": []})
+        assert set(drive(controller, 4, lambda _: 1.0, 0.5, SETTLED)) == set(range(MOST + 1))
+
+    def test_a_width_of_which_nothing_is_known_is_measured(self) -> None:
+        times = dict.fromkeys(range(MOST), 1.0)
+        controller = Controller(MOST, {"seconds": {1: times}, "acceptance": [0.5] * MOST})
+        assert drive(controller, 1, lambda _: 1.0, 0.5, 2) == [MOST, MOST]
+
+    def test_it_is_corrected_while_serving(self) -> None:
+        controller = Controller(MOST, {"seconds": {1: dict.fromkeys(range(MOST + 1), 1.0)}, "acceptance": [1.0] * MOST})
+        assert controller.width(1) == MOST
+        assert usual(drive(controller, 1, lambda width: 1.0 + width, 0.3, 1000)[500:]) == 0
+
+    def test_acceptance_beyond_its_widest_is_left_out(self) -> None:
+        controller = Controller(2, {"seconds": {}, "acceptance": [0.75, 0.5, 0.25]})
+        assert controller.acceptance(0) == pytest.approx((16 * 0.75 + 0.5) / 17)
