@@ -173,8 +173,10 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
     # As many threads as in serving; and a cached prompt would make every run but the first look faster.
     config = replace(
         leave_a_core(config),
+        drafter="auto",
         enable_prefix_caching=False,
         num_speculative_tokens=None,
+        tuned_plan=None,
         max_num_seqs=max(config.max_num_seqs, *options.batch_sizes),
     )
     engine = Engine(config)
@@ -183,7 +185,7 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
     checkpoint = open_checkpoint(config.model)
     path = default_path(checkpoint) if options.output is None else Path(options.output).expanduser()
     check_writable(path)
-    texts = PROMPTS if options.prompts is None else read_prompts(options.prompts, options.limit)
+    texts = PROMPTS[: options.limit] if options.prompts is None else read_prompts(options.prompts, options.limit)
     prompts = encode_prompts(engine, texts, options.max_tokens, options.prompts or "the built-in list")
     _print(f"{len(prompts)} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
     _print("  ".join(title.rjust(width) for title, width, _, _ in COLUMNS))

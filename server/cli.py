@@ -242,7 +242,7 @@ _TUNE_OPTIONS = (
     Option("max_tokens", positive, "tokens to generate for each prompt", 64),
     Option("temperature", float, "0 always takes the likeliest token", 0.0, "X"),
     Option("seed", int, "seed of the first prompt", 0),
-    Option("limit", positive, "take only the first N prompts of the file"),
+    Option("limit", positive, "take only the first N prompts"),
     Option("repeat", positive, "sweep and measure this often", 2),
 )
 

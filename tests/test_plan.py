@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 from support_engine import write_checkpoint
 
-from skippy.engine import CheckpointError, ConfigError, EngineConfig, PlanOptions, run_plan
+from skippy.engine import CheckpointError, ConfigError, EngineConfig, PlanOptions, TrainOptions, run_plan
 from skippy.engine import plan as plan_module
+from skippy.engine.adapter import S3DAdapter
 from skippy.engine.build import CPU_KV_BYTES, CUDA_RESERVE_BYTES, build
 from skippy.engine.linear import RowLinear
 from skippy.engine.model import CausalLM
 from skippy.engine.plan import CUDA_CONTEXT_BYTES, model_sizes, open_config, predict
-from skippy.engine.roofline import CARDS
-from skippy.engine.weights import open_checkpoint, parse_config
+from skippy.engine.roofline import BYTES_PER_TRAINED, CARDS, training_bytes, weights_on_gpu
+from skippy.engine.training.data import Sample
+from skippy.engine.training.trainer import step_loss
+from skippy.engine.weights import load_model, open_checkpoint, parse_config
 from skippy.server import cli
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
@@ -153,7 +157,7 @@ def loaded_bytes(model: CausalLM) -> int:
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
     packed: list[RowLinear] = [*model._packed_head]
     for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp  # type: ignore[union-attr]
+        attention, mlp = layer.self_attn, layer.mlp
         fused = (attention.qkv, attention.out, mlp.gate_up, mlp.down)  # type: ignore[union-attr]
         packed += [matrices.packed for matrices in fused]  # type: ignore[union-attr,misc]
     assert model._rope is not None
@@ -190,21 +194,19 @@ class TestBesideWhatIsLoaded:
 
     @staticmethod
     def _store_as(file: Path, dtype: torch.dtype) -> None:
-        from safetensors.torch import load_file, save_file  # noqa: PLC0415
-
         save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_weights(self, model: str, dtype: str) -> None:
-        config = {"model": model, "device": "cpu", "dtype": dtype, "drafter": "none"}
-        loaded = loaded_bytes(build(EngineConfig(**config)).runner.model)
+        loading: dict[str, Any] = {"device": "cpu", "dtype": dtype, "drafter": "none"}
+        loaded = loaded_bytes(build(EngineConfig(model=model, **loading)).runner.model)
         found = predicted(model, "cpu", dtype=dtype)["weight_bytes"]["total"]
         assert found == pytest.approx(loaded, rel=0.1)
 
     @pytest.mark.parametrize("budget", [None, 8 * MIB, 64 * MIB])
     @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
     def test_kv_capacity(self, model: str, budget: int | None, dtype: str) -> None:
-        sizing = {"kv_cache_memory_bytes": budget, "dtype": dtype, "max_num_seqs": 20}
+        sizing: dict[str, Any] = {"kv_cache_memory_bytes": budget, "dtype": dtype, "max_num_seqs": 20}
         pool = build(EngineConfig(model=model, device="cpu", drafter="none", **sizing)).runner.pool
         kv = predicted(model, "cpu", **sizing)["kv"]
         assert kv["num_blocks"] == pool.num_blocks
@@ -227,6 +229,35 @@ class TestSpeed:
         assert not predicted(eight_b)["training"]["fits"]
         assert predicted(eight_b, quantization="nf4")["training"]["fits"]
         assert predicted("builtin")["training"]["adapter_parameters"] == 805_760
+
+
+def test_training_memory_is_what_a_step_saves_for_its_gradient(tmp_path: Path) -> None:
+    folder = write_checkpoint(
+        tmp_path, hidden_size=128, intermediate_size=344, num_hidden_layers=6, vocab_size=1000, num_key_value_heads=2
+    )
+    checkpoint = open_checkpoint(str(folder))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"), 64)
+    options = TrainOptions(length=64, anchors=16, batch_size=4)
+    shape = options.adapter_config(checkpoint.config, 10**7)
+    adapter = S3DAdapter(shape, checkpoint.config)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)  # or its memory would be used again
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    samples = [Sample([(7 * i + j) % 1000 for j in range(64)], 0, 0.0, 0) for i in range(4)]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step_loss(model, adapter, samples, 16, 0.0, torch.Generator().manual_seed(0))
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *adapter.parameters()]}
+    sizes = model_sizes(checkpoint.config)
+    weights = weights_on_gpu(sizes, 4, "none", 64)
+    training = plan_module._training_shape(options, shape, checkpoint.config)
+    activations = training_bytes(sizes, weights, training, 4) - weights.total - BYTES_PER_TRAINED * training.adapter
+    found = sum(nbytes for place, nbytes in saved.items() if place not in parameters)
+    assert activations == pytest.approx(found, rel=0.25)
 
 
 class TestWhereConfigsComeFrom:

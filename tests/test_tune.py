@@ -47,7 +47,7 @@ def model(
     backend: tokenizers.Tokenizer = byte_level()
     folder = write_checkpoint(tmp_path_factory.mktemp("model"), vocab_size=258)
     backend.save(str(folder / "tokenizer.json"))
-    fused = {"fused": True, "skip_start": 0, "skip_end": 0, "bridge_rank": 0} if request.param else {}
+    fused: dict[str, Any] = {"fused": True, "skip_start": 0, "skip_end": 0, "bridge_rank": 0} if request.param else {}
     write_adapter(folder, scale=0.001, **fused)
     return folder
 
@@ -55,7 +55,7 @@ def model(
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
-    texts = ("abcabcabcab", "def f(x):", "to be, or not to be, that is", "1 2 3 4")
+    texts = ("abcabcabcab", "def f(x):", "to be, or not to be, that is")
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return path
 
@@ -72,11 +72,11 @@ class TestPredictions:
         self, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Machine(monkeypatch)
-        monkeypatch.setattr(tune_module, "MOST_SWEEPS", 2)
-        plan = tune(model, tmp_path / "plan.json", prompts=str(prompts), batch_sizes=(1, 3), max_tokens=32, repeat=1)
+        monkeypatch.setattr(tune_module, "MOST_SWEEPS", 3)
+        plan = tune(model, tmp_path / "plan.json", prompts=str(prompts), batch_sizes=(1, 2), max_tokens=24, repeat=1)
         rows = {(row["drafter"], row["batch_size"], row["width"]): row for row in plan["rows"]}
         for drafter, widths in (("s3d", WIDTHS), ("hybrid", WIDTHS)):
-            for batch in (1, 3):
+            for batch in (1, 2):
                 assert {width for d, b, width in rows if (d, b) == (drafter, batch)} >= set(widths)
         off = {at: row["predicted"] / row["measured"] - 1 for at, row in rows.items()}
         assert max(abs(error) for error in off.values()) <= 0.15, off

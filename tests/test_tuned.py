@@ -24,7 +24,7 @@ from skippy.engine.tuned import (
 )
 from skippy.engine.weights import open_checkpoint
 
-ADAPTER = {"num_speculative_tokens": 3}
+ADAPTER: dict[str, Any] = {"num_speculative_tokens": 3}
 SECONDS = {1: {0: 1.0, 1: 1.1, 2: 1.2, 3: 0.5}}
 
 
