@@ -4,7 +4,8 @@ The output does not depend on how it is drafted, so the steps of any decode of a
 something about every other decode of it: at a place in the text, what was drafted and
 accepted. Of a draft of g tokens the first w are what a draft of w tokens is. Going along the
 text with a fixed width, from place to place as a decode would, counts its steps; a mean over
-all places would count too few. Times are means by batch size and width.
+all places would count too few. Times are means by batch size and width, each step weighted with
+how much oftener a decode of that width alone would stand at such a place than a sweep does.
 """
 
 from __future__ import annotations
@@ -30,22 +31,26 @@ class Draft:
 
 @dataclass(slots=True)
 class StepTimes:
-    """Of steps of about one batch size, and one width: seconds, the batch sizes, and rows per sequence to verify."""
+    """Of steps of about one batch size, and one width: seconds, batch sizes, rows per sequence to verify, weights."""
 
     draft: list[float] = field(default_factory=list)
     verify: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     batch: list[int] = field(default_factory=list)
     rows: list[float] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)
+
+    def mean(self, values: Sequence[float]) -> float:
+        return fmean(values, self.weight)
 
     @property
     def total(self) -> float:
-        return fmean(self.draft) + fmean(self.verify) + fmean(self.host)
+        return self.mean(self.draft) + self.mean(self.verify) + self.mean(self.host)
 
     @property
     def passes(self) -> float:
         """Per sequence and without what the host does, as the controller counts it."""
-        return (fmean(self.draft) + fmean(self.verify)) / fmean(self.batch)
+        return (self.mean(self.draft) + self.mean(self.verify)) / self.mean(self.batch)
 
 
 @dataclass(slots=True)
@@ -75,6 +80,22 @@ class Observations:
     def count(self, batch: int, widths: Sequence[int]) -> int:
         """The steps seen of the width that was seen least."""
         return min(len(self.times[batch_class(batch), width].verify) for width in widths)
+
+    def weight(self, prompt: int, place: int, width: int, widths: Sequence[int]) -> float:
+        """How much oftener decodes of `width` alone come to places like this one than a sweep of `widths` does.
+
+        A step that accepts n tokens goes n + 1 places on.
+        """
+        wide = {
+            at: draft.accepted
+            for at, drafts in self.drafts[prompt].items()
+            for draft in drafts
+            if draft.width >= max(widths)
+        }
+        if not wide:
+            return 1.0
+        deepest = wide[min(wide, key=lambda at: (abs(at - place), at))]
+        return fmean(1 + min(deepest, other) for other in widths) / (1 + min(deepest, width))
 
     def covers(self, widths: Sequence[int]) -> bool:
         """Whether every width was seen with some batch size."""

@@ -102,11 +102,15 @@ class Sweep(Controller):
     """Goes through some widths again and again, each time in another order.
 
     Args:
-        hold: steps of one width in a row, of which only the last count.
+        hold: steps of one width in a row, of which the first does not count.
+
+    Attributes:
+        widths: those that it goes through.
     """
 
     def __init__(self, most: int, widths: Sequence[int], hold: int = 1, seed: int = 0) -> None:
         super().__init__(most)
+        self.widths = tuple(widths)
         self._order, self._hold = list(widths), hold
         self._random = random.Random(seed)
         self._due: list[tuple[int, bool]] = []
@@ -141,11 +145,13 @@ class _Watch:
 
     def __call__(self, step: StepOutput) -> None:
         last, stats = self._sweep.take_last(), step.stats
+        weights: list[float] = []
         for output in step.outputs:
             index = int(output.request_id)
             place, accepted = self._places[index], output.counts.accepted - self._accepted[index]
             self._places[index], self._accepted[index] = place + len(output.token_ids), output.counts.accepted
             if last is not None and last[2] and place:
+                weights.append(self._seen.weight(index, place, last[1], self._sweep.widths))
                 # The end of the text cuts drafts short.
                 width = min(last[1], self._length - place - 1)
                 self._seen.drafts[index][place].append(Draft(width, accepted))
@@ -160,6 +166,7 @@ class _Watch:
             times.verify.append(stats.verify_seconds)
             times.host.append(stats.host_seconds)
             times.rows.append(1.0 + stats.draft_tokens / batch)
+            times.weight.append(statistics.fmean(weights))
 
 
 def run_tune(config: EngineConfig, options: TuneOptions) -> int:

@@ -23,6 +23,7 @@ def seen_with(
             steps.verify.append(seconds / 2)
             steps.host.append(seconds / 4)
             steps.batch.append(batch)
+            steps.weight.append(1.0)
     for places in seen.drafts:
         for place, count in accepted.items():
             places[place].append(Draft(width, count))
@@ -76,8 +77,22 @@ class TestTimes:
 
     def test_a_prior_leaves_out_what_was_hardly_seen(self) -> None:
         seen = seen_with({(1, 0): 1.0}, {}, 2)
-        seen.times[1, 0].verify.pop()
+        seen.times[1, 0].verify.pop()  # the others are not looked at
         assert seen.prior(3) == {"seconds": {}, "acceptance": []}
+
+    def test_steps_count_by_their_weights(self) -> None:
+        seen = seen_with({(1, 2): 4.0}, {}, 2)
+        seen.times[1, 2].host[0] += 8.0
+        assert seen.step_seconds(1, 2) == pytest.approx(4.0 + 8.0 / 3)
+        seen.times[1, 2].weight[0] = 0.0
+        assert seen.step_seconds(1, 2) == pytest.approx(4.0)
+
+    def test_narrow_drafts_stand_oftener_where_wide_ones_hold(self) -> None:
+        seen = seen_with({}, {1: 4, 20: 0}, 4)
+        weights = [seen.weight(0, 3, width, (0, 2, 4)) for width in (0, 2, 4)]
+        assert weights == [3.0, 1.0, 0.6]
+        assert seen.weight(0, 19, 4, (0, 2, 4)) == 1.0
+        assert Observations(1).weight(0, 1, 4, (0, 2, 4)) == 1.0
 
     def test_one_chance_explains_all_drafts(self) -> None:
         seen = seen_with({}, {1: 2, 2: 1, 3: 0}, 2)

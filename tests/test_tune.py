@@ -72,8 +72,8 @@ class TestPredictions:
         self, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Machine(monkeypatch)
-        monkeypatch.setattr(tune_module, "MOST_SWEEPS", 3)
-        plan = tune(model, tmp_path / "plan.json", prompts=str(prompts), batch_sizes=(1, 2), max_tokens=24, repeat=1)
+        monkeypatch.setattr(tune_module, "MOST_SWEEPS", 2)
+        plan = tune(model, tmp_path / "plan.json", prompts=str(prompts), batch_sizes=(1, 2), max_tokens=20, repeat=1)
         rows = {(row["drafter"], row["batch_size"], row["width"]): row for row in plan["rows"]}
         for drafter, widths in (("s3d", WIDTHS), ("hybrid", WIDTHS)):
             for batch in (1, 2):
