@@ -37,7 +37,7 @@ from skippy.engine.worker import leave_a_core
 
 FUSED_HOLD = 3
 """Steps of a sweep with one width for a fused drafter, which at the first still drafts as widely as before."""
-ENOUGH, MOST_SWEEPS = 8, 6
+ENOUGH, MOST_SWEEPS = 64, 4
 """Steps of each batch size and width, but no more sweeps than that in a turn: the more, the fewer at a time."""
 WARM_UP_TOKENS = 16
 PROMPTS = (

@@ -12,7 +12,6 @@ import pytest
 import tokenizers
 from support_engine import write_adapter, write_checkpoint
 
-import skippy.engine.tune as tune_module
 from skippy.engine import ConfigError, Engine, EngineConfig, TuneOptions, run_tune
 from skippy.engine.controller import widths_up_to
 from skippy.engine.runner import Computed, Rows, Runner
@@ -72,13 +71,13 @@ class TestPredictions:
         self, model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         Machine(monkeypatch)
-        monkeypatch.setattr(tune_module, "MOST_SWEEPS", 2)
-        plan = tune(model, tmp_path / "plan.json", prompts=str(prompts), batch_sizes=(1, 2), max_tokens=20, repeat=1)
-        rows = {(row["drafter"], row["batch_size"], row["width"]): row for row in plan["rows"]}
-        for drafter, widths in (("s3d", WIDTHS), ("hybrid", WIDTHS)):
-            for batch in (1, 2):
-                assert {width for d, b, width in rows if (d, b) == (drafter, batch)} >= set(widths)
-        off = {at: row["predicted"] / row["measured"] - 1 for at, row in rows.items()}
+        plan = tune(model, tmp_path / "plan.json", prompts=str(prompts), batch_sizes=(2,), max_tokens=32, repeat=1)
+        off = {
+            (row["drafter"], row["width"]): row["predicted"] / row["measured"] - 1
+            for row in plan["rows"]
+            if row["batch_size"] == 2
+        }
+        assert off.keys() >= {(drafter, width) for drafter in ("s3d", "hybrid") for width in WIDTHS}
         assert max(abs(error) for error in off.values()) <= 0.15, off
 
 
@@ -114,7 +113,7 @@ class TestCommand:
             "--batch-sizes",
             "2",
             "--max-tokens",
-            "12",
+            "24",
             "--repeat",
             "1",
             "-o",
