@@ -31,8 +31,10 @@ from skippy.engine.types import (
 if TYPE_CHECKING:
     from skippy.engine.bench import BenchOptions, run_bench
     from skippy.engine.engine import Engine
+    from skippy.engine.plan import PlanOptions, run_plan
     from skippy.engine.training.options import TrainOptions
     from skippy.engine.training.run import run_training
+    from skippy.engine.tune import TuneOptions, run_tune
 
 __all__ = [
     "BUILTIN_MODEL",
@@ -45,6 +47,7 @@ __all__ = [
     "EngineDead",
     "EngineInfo",
     "InvalidRequest",
+    "PlanOptions",
     "Request",
     "SamplingParams",
     "SequenceOutput",
@@ -54,18 +57,25 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "TrainOptions",
+    "TuneOptions",
     "check_request",
     "read_prompts",
     "run_bench",
+    "run_plan",
     "run_training",
+    "run_tune",
 ]
 
 _NEED_TORCH = {
     "Engine": "engine",
     "BenchOptions": "bench",
     "run_bench": "bench",
+    "PlanOptions": "plan",
+    "run_plan": "plan",
     "TrainOptions": "training.options",
     "run_training": "training.run",
+    "TuneOptions": "tune",
+    "run_tune": "tune",
 }
 
 

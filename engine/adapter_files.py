@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,17 @@ logger = logging.getLogger("skippy.engine")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """A hash of a model's weights: of the name, shape and first row of every tensor, in whatever files they are.
+    """A hash of a model's weights, see `fingerprint_of`."""
+    return fingerprint_of(weight_files(checkpoint.path))
+
+
+def fingerprint_of(paths: Iterable[Path]) -> str:
+    """A hash of the name, shape and first row of every tensor, in whatever files they are.
 
     All of a large model would take minutes to read.
     """
     parts: dict[str, bytes] = {}
-    for file in weight_files(checkpoint.path):
+    for file in paths:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                 part = tensors.get_slice(name)
@@ -99,10 +104,16 @@ def find_adapter(
     Raises:
         AdapterError: there is one, but it is damaged or of another shape, or the folder given holds none.
     """
+    folder = adapter_folder(checkpoint, given)
+    return None if folder is None else load_adapter(folder, checkpoint, dtype, device)
+
+
+def adapter_folder(checkpoint: Checkpoint, given: str | None) -> Path | None:
+    """The folder given, or the one beside the model, or None."""
     if given is not None:
-        return load_adapter(Path(os.path.expanduser(given)), checkpoint, dtype, device)
+        return Path(os.path.expanduser(given))
     beside = checkpoint.path / BESIDE_MODEL
-    return load_adapter(beside, checkpoint, dtype, device) if (beside / "adapter.json").exists() else None
+    return beside if (beside / "adapter.json").exists() else None
 
 
 def load_adapter(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> S3DAdapter:

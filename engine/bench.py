@@ -158,10 +158,11 @@ def run_bench(config: EngineConfig, options: BenchOptions) -> int:
     engine = Engine(
         replace(config, enable_prefix_caching=False, max_num_seqs=max(config.max_num_seqs, *options.batch_sizes))
     )
-    plans = plans or [DraftPlan(name) for name in DEFAULT_DRAFTERS if name in engine.drafters]
+    plans = plans or [DraftPlan(name) for name in DEFAULT_DRAFTERS if name in engine.drafting.drafters]
     _check_plans(plans, engine)
     options = replace(options, drafters=tuple(map(str, plans)))
-    prompts = _read_prompts(engine, options)
+    texts = read_prompts(options.prompts, options.limit)
+    prompts = encode_prompts(engine, texts, options.max_tokens, options.prompts)
     hashes = _hashes(config, engine)
     _print_head(engine, len(prompts), options)
     rows: list[Row] = []
@@ -200,11 +201,12 @@ def _plotter(path: str | None) -> Callable[[Mapping[str, Any]], None]:
 
 def _check_plans(plans: SequenceOf[DraftPlan], engine: Engine) -> None:
     for plan in plans:
-        if plan.drafter not in engine.drafters:
-            raise ConfigError(f"There is no drafter {plan.drafter!r}; there are: {', '.join(engine.drafters)}.")
+        if plan.drafter not in engine.drafting.drafters:
+            known = ", ".join(engine.drafting.drafters)
+            raise ConfigError(f"There is no drafter {plan.drafter!r}; there are: {known}.")
         if plans.count(plan) > 1:
             raise ConfigError(f"--drafters: {plan} is there twice.")
-        most = engine.widest(plan.drafter)
+        most = engine.drafting.widest(plan.drafter)
         if (plan.num_speculative_tokens or 0) > most:
             raise ConfigError(f"--drafters: {plan} asks for more than the {most} tokens that can be drafted at once.")
 
@@ -219,8 +221,10 @@ def decode(
     batch_size: int,
     params: SamplingParams,
     num_speculative_tokens: int | None = None,
+    on_step: Callable[[StepOutput], None] = lambda _: None,
 ) -> Run:
-    """All prompts through the engine, `batch_size` at a time."""
+    """All prompts through the engine, `batch_size` at a time; nothing is drafted from outputs of before."""
+    engine.drafting.forget()
     steps: list[StepOutput] = []
     waiting = list(range(len(prompts)))[::-1]
     live = 0
@@ -233,6 +237,7 @@ def decode(
             live += 1
         step = engine.step()
         steps.append(step)
+        on_step(step)
         for output in step.outputs:
             if output.error is not None:
                 raise RuntimeError(output.error)
@@ -404,14 +409,18 @@ def is_looping(tokens: SequenceOf[int]) -> bool:
 # --- what is measured, and on what ------------------------------------------------------------------------------
 
 
-def _read_prompts(engine: Engine, options: BenchOptions) -> list[tuple[int, ...]]:
-    texts = read_prompts(options.prompts, options.limit)
+def encode_prompts(engine: Engine, texts: Iterable[str], max_tokens: int, source: str) -> list[tuple[int, ...]]:
+    """The prompts that leave room for `max_tokens`.
+
+    Raises:
+        ConfigError: none does.
+    """
     tokenizer = Tokenizer.load(engine.info.model_path)
-    room = engine.info.max_model_len - options.max_tokens
+    room = engine.info.max_model_len - max_tokens
     prompts = [tuple(tokenizer.encode(text)) for text in texts]
     fitting = [prompt for prompt in prompts if 0 < len(prompt) <= room]
     if not fitting:
-        raise ConfigError(f"{options.prompts} holds no prompt that fits {room} tokens.")
+        raise ConfigError(f"{source} holds no prompt that fits {room} tokens.")
     if len(fitting) < len(prompts):
         _print(f"{len(prompts) - len(fitting)} prompts are longer than {room} tokens and left out")
     return fitting
@@ -421,7 +430,7 @@ def _hashes(config: EngineConfig, engine: Engine) -> dict[str, str | None]:
     """SHA-256 of the weights of the model, and of its adapter if it has one."""
     folder = Path(engine.info.model_path)
     beside = folder / BESIDE_MODEL if config.adapter is None else Path(os.path.expanduser(config.adapter))
-    adapter = [beside / "adapter.safetensors"] if S3DDrafter.name in engine.drafters else []
+    adapter = [beside / "adapter.safetensors"] if S3DDrafter.name in engine.drafting.drafters else []
     return {
         "model_sha256": sha256_of(weight_files(folder)),
         "adapter_sha256": sha256_of(adapter) if adapter else None,

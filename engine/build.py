@@ -162,6 +162,15 @@ def _dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -
     return torch.float32
 
 
+def cpu_cache_bytes(longest: int, available: int) -> int:
+    """The size of a cache in the host's memory, of which so many bytes are available.
+
+    Args:
+        longest: what one sequence of full length needs.
+    """
+    return max(CPU_KV_BYTES, min(longest, available // 2))
+
+
 def _num_blocks(config: EngineConfig, max_len: int, block_bytes: int, device: torch.device) -> int:
     """Blocks within the memory allowed, but no more than max_num_seqs full sequences can use."""
     usable = config.max_num_seqs * -(-max_len // config.block_size)
@@ -169,7 +178,7 @@ def _num_blocks(config: EngineConfig, max_len: int, block_bytes: int, device: to
         budget = config.kv_cache_memory_bytes
     elif device.type == "cpu":
         longest = (-(-max_len // config.block_size) + 1) * block_bytes
-        budget = max(CPU_KV_BYTES, min(longest, available_bytes() // 2))
+        budget = cpu_cache_bytes(longest, available_bytes())
     else:
         free, total = torch.cuda.mem_get_info(device)
         budget = int(free - (1.0 - config.gpu_memory_utilization) * total) - CUDA_RESERVE_BYTES

@@ -39,6 +39,7 @@ class EngineConfig:
     num_speculative_tokens: int | None = None
     share_drafts: bool = True
     """Whether a request may be drafted from what others made the model say; its speed tells of that a little."""
+    tuned_plan: str | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -20,11 +20,16 @@ There is no clock and no chance in here: the same calls get the same answers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 DECAY = 0.98
 """What a step leaves of what was known of acceptance. A text changes its character within a few lines."""
 PRIOR_DRAFTS = 2.0
 """What it weighs that a token is accepted as often as the one before it, and the first one as often as not."""
+PRIOR_MEASUREMENTS = 2
+"""What it weighs that a time was measured before, as measurements of now."""
+PRIOR_REACHED = 16.0
+"""Drafts that an acceptance measured before counts for."""
 SETTLED = 12
 """Measurements over which a time is averaged, more or less."""
 TOGETHER = 0.8
@@ -47,6 +52,17 @@ It takes two if nothing is in its way: a fused drafter drafts as widely as the s
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
 
 
+class Prior(TypedDict):
+    """What `skippy tune` measured, for a controller to begin with.
+
+    seconds: of a step per sequence, by `batch_class` and by width.
+    acceptance: the share of drafts whose token at each depth was accepted.
+    """
+
+    seconds: Mapping[int, Mapping[int, float]]
+    acceptance: Sequence[float]
+
+
 class Controller:
     """Chooses the width of each step's drafts among WIDTHS up to `most`.
 
@@ -54,14 +70,18 @@ class Controller:
     where a text is hard, whatever it was granted; times are kept by batch size, rounded up to
     a power of two.
 
+    Args:
+        prior: what is known already; it is corrected while serving like all else.
+
     Attributes:
         most: the widest it chooses.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, prior: Prior | None = None) -> None:
         self.most = most
-        self._widths = [width for width in WIDTHS if width < most] + [most]
-        self._acceptance = _Acceptance(most)
+        self._widths = widths_up_to(most)
+        self._prior = prior or Prior(seconds={}, acceptance=())
+        self._acceptance = _Acceptance(most, self._prior["acceptance"])
         self._share = 1.0  # k / B
         self._others = 0.0  # tokens of the other sequences, / B
         self._times: dict[int, _Times] = {}
@@ -87,10 +107,20 @@ class Controller:
         self._times_of(batch).observe(width, seconds / batch)
 
     def _times_of(self, batch: int) -> _Times:
-        key = 1 << max(0, batch - 1).bit_length()
+        key = batch_class(batch)
         if key not in self._times:
-            self._times[key] = _Times(self._widths)
+            self._times[key] = _Times(self._widths, self._prior["seconds"].get(key, {}))
         return self._times[key]
+
+
+def widths_up_to(most: int) -> list[int]:
+    """Those that a controller chooses among."""
+    return [width for width in WIDTHS if width < most] + [most]
+
+
+def batch_class(batch: int) -> int:
+    """Batch sizes whose times are kept together: the next power of two."""
+    return 1 << max(0, batch - 1).bit_length()
 
 
 class _Acceptance:
@@ -99,9 +129,11 @@ class _Acceptance:
     Depths seldom reached lean on the one before them, so widths never granted are judged, too.
     """
 
-    def __init__(self, most: int) -> None:
-        self._reached = [0.0] * most
-        self._accepted = [0.0] * most
+    def __init__(self, most: int, known: Sequence[float]) -> None:
+        alive = [PRIOR_REACHED * share for share in (1.0, *known)][: most + 1]
+        unknown = [0.0] * (most + 1 - len(alive))
+        self._reached = [*alive[:-1], *unknown]
+        self._accepted = [*alive[1:], *unknown]
 
     def observe(self, width: int, accepted: Sequence[int]) -> None:
         for depth in range(min(width, len(self._reached))):
@@ -124,16 +156,16 @@ class _Acceptance:
 class _Times:
     """Seconds per sequence of steps of about one batch size, by width, and which to choose."""
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], known: Mapping[int, float]) -> None:
         self._widths = widths
-        self._seconds: dict[int, float] = {}
-        self._counts = dict.fromkeys(widths, 0)
+        self._seconds = {width: known[width] for width in widths if width in known}
+        self._counts = {width: PRIOR_MEASUREMENTS * (width in known) for width in widths}
         self._clock = self._drafted_at = 0.0
         self._seen_at = dict.fromkeys(widths, 0.0)
         # Until something is known: a draft that is rarely much too long.
         self._best = min(2, widths[-1])
         # Widest first: it shows the acceptance at every depth.
-        self._first = [self._best, 0, widths[-1]]
+        self._first = [width for width in (self._best, 0, widths[-1]) if width not in known]
         self._look: int | None = None
         self._asked = 0
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.audience import Audience
 from skippy.engine.build import Build
-from skippy.engine.controller import Controller
+from skippy.engine.controller import Controller, Prior
 from skippy.engine.drafters import eagle3, recycling, suffix
 from skippy.engine.drafters.base import Drafter, Keeper
 from skippy.engine.drafters.eagle3 import Eagle3Drafter
@@ -34,6 +34,7 @@ class Drafting:
 
     Args:
         states: how each live sequence chooses its tokens; for those that foresee it.
+        priors: what the drafters' controllers begin with, by name.
         share: whether a sequence may be drafted for from what others were told.
 
     Attributes:
@@ -42,14 +43,18 @@ class Drafting:
         audience: who learns from the verify pass.
     """
 
-    def __init__(self, built: Build, states: Mapping[Sequence, SamplingState], *, share: bool) -> None:
+    def __init__(
+        self, built: Build, states: Mapping[Sequence, SamplingState], priors: Mapping[str, Prior], *, share: bool
+    ) -> None:
         self.drafters: dict[str, Drafter] = {}
         known = list(_drafters(built, states, share))
         self.fused = next((drafter for drafter in known if isinstance(drafter, S3DFusedDrafter)), None)
         self.audience = Audience(self.fused)
         for drafter in known:
             self.add(drafter)
-        self._controllers = {name: Controller(most) for name, most in _widest(built).items() if name in self.drafters}
+        self._controllers = {
+            name: Controller(most, priors.get(name)) for name, most in _widest(built).items() if name in self.drafters
+        }
         self._granted: dict[str, int] = {}
 
     def add(self, drafter: Drafter) -> None:
@@ -85,6 +90,11 @@ class Drafting:
         if name == NoDrafter.name:
             return 0
         return self.widest(name) if self.is_adaptive(name) else DEFAULT_SPECULATIVE_TOKENS
+
+    def control(self, name: str, controller: Controller) -> None:
+        """Let another controller choose a drafter's width, for which there must be one."""
+        assert name in self._controllers, f"{name} drafts as many tokens as it is told"
+        self._controllers[name] = controller
 
     def is_adaptive(self, name: str) -> bool:
         """Whether a controller decides how many tokens pay."""
@@ -145,6 +155,12 @@ class Drafting:
         drafter = self.drafters[sequence.drafter]
         if isinstance(drafter, Keeper):
             drafter.release(sequence)
+
+    def forget(self) -> None:
+        """Forget what was learnt from the outputs of sequences that have ended, as if the engine had just begun."""
+        for drafter in self.drafters.values():
+            if isinstance(drafter, Keeper):
+                drafter.forget()
 
     def _free_width(self, name: str) -> int:
         drafter = self.drafters[name]

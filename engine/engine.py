@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -26,6 +26,7 @@ from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
 from skippy.engine.scheduler import Schedule, Scheduler, Work
 from skippy.engine.sequence import Sequence
 from skippy.engine.stats import Clock, count_pass, count_verdict
+from skippy.engine.tuned import load_priors
 from skippy.engine.types import (
     DraftCounts,
     EngineInfo,
@@ -48,6 +49,7 @@ class Engine:
 
     Attributes:
         info: what was loaded.
+        drafting: the drafters, and how widely they draft.
         runner, states: the model's passes, and how to choose for each live sequence; for drafters.
 
     Raises:
@@ -76,25 +78,17 @@ class Engine:
         )
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
-        self._drafting = Drafting(built, self.states, share=config.share_drafts)
-        self._default_drafter = self._drafting.choose(config.drafter, str(built.checkpoint.path))
+        self.drafting = Drafting(built, self.states, load_priors(config, built), share=config.share_drafts)
+        self._default_drafter = self.drafting.choose(config.drafter, str(built.checkpoint.path))
         if config.drafter == "auto":
-            logger.info(describe_choice(self._default_drafter, self.drafters, config.model))
+            names = list(self.drafting.drafters)
+            logger.info(describe_choice(self._default_drafter, names, config.model, self._describe_training))
         self.info = self._describe()
-
-    @property
-    def drafters(self) -> Mapping[str, Drafter]:
-        """Those that requests may name."""
-        return self._drafting.drafters
 
     def add_drafter(self, drafter: Drafter) -> None:
         """Let requests name one more drafter."""
-        self._drafting.add(drafter)
+        self.drafting.add(drafter)
         self.info = self._describe()
-
-    def widest(self, drafter: str) -> int:
-        """The most tokens that a drafter drafts in one step."""
-        return self._drafting.widest(drafter)
 
     @property
     def has_work(self) -> bool:
@@ -116,7 +110,9 @@ class Engine:
         wanted = request.num_speculative_tokens
         if wanted is None:
             wanted = self._config.num_speculative_tokens
-        max_draft = min(self._drafting.default_width(drafter) if wanted is None else wanted, self.widest(drafter))
+        max_draft = min(
+            self.drafting.default_width(drafter) if wanted is None else wanted, self.drafting.widest(drafter)
+        )
         sequences: list[Sequence] = []
         for index in range(request.n):
             sequence = Sequence(
@@ -125,10 +121,10 @@ class Engine:
                 seed=seed,
                 drafter=drafter,
                 max_draft=max_draft,
-                adaptive=wanted is None and self._drafting.is_adaptive(drafter),
+                adaptive=wanted is None and self.drafting.is_adaptive(drafter),
                 end_ids=ends,
                 tokens=list(request.prompt_token_ids),
-                rides=self._drafting.rides(drafter),
+                rides=self.drafting.rides(drafter),
                 leader=sequences[0] if sequences else None,
             )
             state = self._sampling_state(sequence)
@@ -160,11 +156,11 @@ class Engine:
         clock = Clock(self.runner.pool.keys.device)
         stats = StepStats(kv_blocks_total=self._blocks.num_blocks)
         outputs: list[SequenceOutput] = []
-        schedule = self._scheduler.schedule(self._drafting.grant(self._scheduler.running))
+        schedule = self._scheduler.schedule(self.drafting.grant(self._scheduler.running))
         if schedule.work:
             try:
                 stats.host_seconds = clock.lap()
-                drafts = self._drafting.propose(schedule)
+                drafts = self.drafting.propose(schedule)
                 if any(work.lookahead for work in schedule.work):
                     stats.draft_seconds = clock.lap()
                 computed = self._verify(schedule, drafts)
@@ -174,10 +170,10 @@ class Engine:
                 count_pass(stats, schedule, clock.lap())
                 # If it fails half-way, what was committed before is told all the same.
                 outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
-                self._drafting.audience.show(schedule, drafts, computed, logits)
+                self.drafting.audience.show(schedule, drafts, computed, logits)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
-        self._drafting.time(schedule, stats)
+        self.drafting.time(schedule, stats)
         now = self.load()
         stats.running, stats.waiting, stats.kv_blocks_used = now.running, now.waiting, now.kv_blocks_used
         stats.preemptions = schedule.preempted
@@ -193,7 +189,7 @@ class Engine:
 
     def _verify(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Computed:
         """Every layer over the newest tokens and their drafts, and over riders for the drafts of the next step."""
-        fused = self._drafting.fused
+        fused = self.drafting.fused
         rows = [
             Rows(
                 tokens=work.sequence.tokens[work.start : work.start + work.num_known] + draft,
@@ -208,7 +204,7 @@ class Engine:
         adapter = None
         if fused and any(part.riders for part in rows):
             adapter = fused.bind(first_row=sum(len(part.tokens) for part in rows))
-        return self.runner.compute(rows, self._verify_plan, adapter, self._drafting.audience.taps(schedule))
+        return self.runner.compute(rows, self._verify_plan, adapter, self.drafting.audience.taps(schedule))
 
     def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
         return [
@@ -300,7 +296,7 @@ class Engine:
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
-        self._drafting.release(sequence)
+        self.drafting.release(sequence)
         self._scheduler.remove(sequence)
         del self.states[sequence]
         siblings = self._sequences[sequence.request.request_id]
@@ -351,11 +347,18 @@ class Engine:
             device=self.runner.pool.keys.device,
         )
 
+    def _describe_training(self) -> str:
+        # Serving with an adapter needs nothing of training.
+        from skippy.engine.training.here import describe_training  # noqa: PLC0415
+
+        base, device = self._checkpoint, self.runner.pool.keys.device
+        return describe_training(base.config, base.dtype, self._config.quantization, device)
+
     def _describe(self) -> EngineInfo:
         pool, checkpoint = self.runner.pool, self._checkpoint
         drafter, wanted = self._default_drafter, self._config.num_speculative_tokens
         if wanted is None:
-            wanted = self._drafting.default_width(drafter)
+            wanted = self.drafting.default_width(drafter)
         return EngineInfo(
             model=self._config.model,
             model_path=str(checkpoint.path),
@@ -367,8 +370,8 @@ class Engine:
             bos_token_id=checkpoint.bos_token_id,
             eos_token_ids=list(checkpoint.eos_token_ids),
             drafter=drafter,
-            drafters=list(self.drafters),
-            num_speculative_tokens=min(wanted, self.widest(drafter)),
+            drafters=list(self.drafting.drafters),
+            num_speculative_tokens=min(wanted, self.drafting.widest(drafter)),
             max_speculative_tokens=MAX_SPECULATIVE_TOKENS,
             block_size=pool.block_size,
             num_blocks=pool.num_blocks,

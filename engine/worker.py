@@ -53,7 +53,7 @@ class Worker:
         try:
             config, early = self._await_start()
             try:
-                engine = Engine(_leave_a_core(config), lambda done, total: self._send(Loading(done, total)))
+                engine = Engine(leave_a_core(config), lambda done, total: self._send(Loading(done, total)))
             except SkippyError as error:
                 self._send(Fatal(str(error)))
                 return 2
@@ -112,7 +112,7 @@ class Worker:
             frame = frame[os.write(self._write_fd, frame) :]
 
 
-def _leave_a_core(config: EngineConfig) -> EngineConfig:
+def leave_a_core(config: EngineConfig) -> EngineConfig:
     """One thread less than there are cores, if nobody said how many.
 
     The server needs a core as well. A parallel product waits for its slowest thread, and one

@@ -105,6 +105,18 @@ def _train(invocation: Invocation) -> int:
     return run_training(invocation.settings.engine_config(), TrainOptions(**options), output)
 
 
+def _plan(invocation: Invocation) -> int:
+    from skippy.engine import PlanOptions, run_plan
+
+    return run_plan(invocation.settings.engine_config(), PlanOptions(**invocation.options))
+
+
+def _tune(invocation: Invocation) -> int:
+    from skippy.engine import TuneOptions, run_tune
+
+    return run_tune(invocation.settings.engine_config(), TuneOptions(**invocation.options))
+
+
 def _verify(invocation: Invocation) -> int:
     from skippy.server.verify import VerifyOptions, run_verify
 
@@ -221,10 +233,46 @@ _VERIFY_OPTIONS = (
     Option("timeout", positive, "seconds to wait for one answer", 300),
 )
 
+_PLAN_OPTIONS = (
+    Option("gpu", str, "what to plan for: a10g, t4, l4, 3090, 4090, h100 or cpu", metavar="NAME", required=True),
+    Option("json", bool, "print one JSON object", default=False),
+)
+
+_TUNE_OPTIONS = (
+    Option(
+        "output",
+        str,
+        "file for the plan; unset: the one that serve finds by itself, in the user's cache directory",
+        metavar="FILE",
+        short=("-o",),
+    ),
+    Option("prompts", str, f"{_PROMPTS_HELP}; a built-in list without it", metavar="FILE"),
+    Option("batch_sizes", batch_sizes, "how many prompts run at the same time", (1, 4, 16), "N,..."),
+    Option("max_tokens", positive, "tokens to generate for each prompt", 64),
+    Option("temperature", float, "0 always takes the likeliest token", 0.0, "X"),
+    Option("seed", int, "seed of the first prompt", 0),
+    Option("limit", positive, "take only the first N prompts"),
+    Option("repeat", positive, "sweep and measure this often", 2),
+)
+
 _ENGINE_SETTINGS = tuple(field.name for field in fields(EngineConfig))
 
 # A benchmark names its drafters itself, and a cached prompt would flatter every run but the first.
 _BENCH_SETTINGS = tuple(name for name in _ENGINE_SETTINGS if name not in ("drafter", "enable_prefix_caching"))
+
+# What the others say is measured, or read from a file that does not exist yet.
+_PLAN_SETTINGS = (
+    "model",
+    "revision",
+    "dtype",
+    "quantization",
+    "max_model_len",
+    "max_num_seqs",
+    "block_size",
+    "kv_cache_memory_bytes",
+    "gpu_memory_utilization",
+)
+_TUNE_SETTINGS = tuple(name for name in _BENCH_SETTINGS if name not in ("num_speculative_tokens", "tuned_plan"))
 
 # The rest is of no use to a training, or an option of it.
 _TRAIN_SETTINGS = ("model", "revision", "device", "dtype", "quantization", "num_threads")
@@ -245,6 +293,10 @@ COMMANDS = {
         options=_VERIFY_OPTIONS,
         position=Option("url", str, "the server, as http://localhost:8000", metavar="URL"),
     ),
+    "plan": Command(
+        "predict what a model would need and do on a card, from its config.json", _plan, _PLAN_SETTINGS, _PLAN_OPTIONS
+    ),
+    "tune": Command("measure how much drafting pays on this machine, for serve", _tune, _TUNE_SETTINGS, _TUNE_OPTIONS),
 }
 
 

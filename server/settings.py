@@ -129,6 +129,11 @@ class Settings(BaseModel):
         description="draft also from recent outputs of other requests; without, the speed of one client's request "
         "tells nothing of another's text (see enable_prefix_caching, too)",
     )
+    tuned_plan: str | None = Field(
+        default=_ENGINE_DEFAULTS.tuned_plan,
+        description="file that skippy tune saved, with which s3d and hybrid need not measure first; unset: the one in "
+        "the user's cache directory, if there is one",
+    )
     num_threads: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_threads,
         description="CPU threads of the engine; auto: all cores, one less when serving",

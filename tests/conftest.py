@@ -86,6 +86,14 @@ def all_that_is_drafted_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MIN_REACH", 0.0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_plan_that_somebody_tuned_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Must decide what tests see; engine processes inherit the variable."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session", params=["builtin", "bytes", "strip", "metaspace", "stories"])
 def any_tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     """Each kind of tokenizer in turn."""

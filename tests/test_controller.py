@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support_control import Trace
 
-from skippy.engine.controller import PATIENCE, Controller
+from skippy.engine.controller import PATIENCE, Controller, Prior
 
 MOST = 6
 SETTLED = 100
@@ -180,3 +180,40 @@ def test_without_any_measurement_drafts_are_short() -> None:
     controller = Controller(10)
     widths = [controller.width(4) for _ in range(400)]
     assert widths[4 * PATIENCE :] == [2] * (400 - 4 * PATIENCE)
+    assert widths[-1] == 2
+
+
+class TestPrior:
+    """What is known before the first step."""
+
+    def test_what_is_known_need_not_be_looked_at_first(self) -> None:
+        times = {width: 1.0 + 0.1 * width for width in range(MOST + 1)}
+        controller = Controller(MOST, Prior(seconds={1: times}, acceptance=[0.95] * MOST))
+        widths = drive(controller, 1, lambda width: times[width], 0.95, 20)
+        assert usual(widths) == widths[0] == MOST
+        assert widths.count(MOST) >= 18
+
+    def test_a_batch_size_of_which_nothing_is_known_is_learnt(self) -> None:
+        controller = Controller(MOST, Prior(seconds={1: {0: 1.0}}, acceptance=[]))
+        assert {0, 2, MOST} <= set(drive(controller, 4, lambda _: 1.0, 0.5, SETTLED))
+
+    def test_it_is_corrected_while_serving(self) -> None:
+        wrong = Prior(seconds={1: dict.fromkeys(range(MOST + 1), 1.0)}, acceptance=[1.0] * MOST)
+        controller = Controller(MOST, wrong)
+        assert controller.width(1) == MOST
+        assert usual(drive(controller, 1, lambda width: 1.0 + width, 0.3, 1000)[500:]) == 0
+
+    @pytest.mark.parametrize(
+        ("known", "tokens"),
+        [
+            # (reached * share + 2 * chance of the depth before) / (reached + 2), of 16 drafts
+            ([], [1.0, 1.5, 1.75]),
+            ([0.75], [1.0, 1 + 13 / 18, 1 + 13 / 18 + (13 / 18) ** 2]),
+            ([0.75, 0.5], [1.0, 1 + 13 / 18, 1 + 13 / 18 + 13 / 18 * (8 + 26 / 18) / 14]),
+            ([0.75, 0.5, 0.25], [1.0, 1 + 13 / 18, 1 + 13 / 18 + 13 / 18 * (8 + 26 / 18) / 14]),
+            ([0.0, 0.0], [1.0, 1 + 1 / 18, 1 + (1 / 18) + (1 / 18) ** 2]),
+        ],
+    )
+    def test_acceptance_may_be_known_to_any_depth(self, known: list[float], tokens: list[float]) -> None:
+        controller = Controller(2, Prior(seconds={}, acceptance=known))
+        assert controller._acceptance.tokens() == pytest.approx(tokens)

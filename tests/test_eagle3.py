@@ -245,7 +245,7 @@ def test_the_cache_of_the_head_is_counted(base: Path, tmp_path: Path) -> None:
 
 
 def test_widths_are_limited(base: Path, tmp_path: Path) -> None:
-    assert engine_with(base, write_head(tmp_path)).widest("eagle3") == MAX_DRAFT
+    assert engine_with(base, write_head(tmp_path)).drafting.widest("eagle3") == MAX_DRAFT
 
 
 def test_without_a_head_there_is_no_eagle3(base: Path) -> None:

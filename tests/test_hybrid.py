@@ -52,6 +52,9 @@ class Told:
     def release(self, sequence: Sequence) -> None:
         self.released.append(sequence)
 
+    def forget(self) -> None:
+        self.released.clear()
+
 
 class Silent(Told):
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
@@ -100,6 +103,8 @@ def test_both_forget_what_has_ended() -> None:
     hybrid.release(one)
     assert told.released == [one]
     assert (hybrid._asked, lookup._own) == (set(), {})
+    hybrid.forget()
+    assert told.released == []
 
 
 def test_a_lookup_that_saves_a_pass_may_promise_less() -> None:
@@ -134,7 +139,7 @@ def test_where_the_others_drafts_cost_no_more_none_is_free() -> None:
 @pytest.mark.parametrize("found", [False, True])
 def test_its_controller_is_shown_passes_only(folder: Path, monkeypatch: pytest.MonkeyPatch, found: bool) -> None:
     engine = Engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", block_size=16))
-    controller = engine._drafting._controllers["hybrid"]
+    controller = engine.drafting._controllers["hybrid"]
     seen: list[tuple[int, int, int]] = []
 
     def width(batch: int) -> int:

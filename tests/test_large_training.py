@@ -22,6 +22,7 @@ from skippy.engine.errors import ConfigError
 from skippy.engine.linear import RowLinear, plain
 from skippy.engine.model import CausalLM, DecoderLayer, _Fused
 from skippy.engine.quant import NF4Product
+from skippy.engine.training import here
 from skippy.engine.training import loss as loss_module
 from skippy.engine.training import run as run_module
 from skippy.engine.training.data import Sample, temperature_of
@@ -212,7 +213,7 @@ class TestQuantised:
         with pytest.raises(ConfigError, match="quantization"):
             run_training(replace(config, quantization="none"), options, str(tmp_path))
         engine = Engine(replace(config, adapter=str(tmp_path)))
-        assert "s3d" in engine.drafters
+        assert "s3d" in engine.drafting.drafters
 
     def test_nothing_unpacked_is_kept_for_the_backward_pass(self) -> None:
         product = NF4Product.of(torch.randn(256, 128), None)
@@ -255,7 +256,7 @@ class TestRun:
             raise Stop
 
         monkeypatch.setattr(run_module, "Trainer", record)
-        monkeypatch.setattr(run_module, "_total_memory", lambda _: memory)
+        monkeypatch.setattr(here, "_total_memory", lambda _: memory)
         options = replace(OPTIONS, gradient_checkpointing=given)
         config = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1)
         with pytest.raises(Stop):

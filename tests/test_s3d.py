@@ -79,7 +79,7 @@ def make_engine(base: Path, adapter: Path | None, **sizes: Any) -> Engine:
 
 
 def s3d_of(engine: Engine) -> S3DDrafter:
-    drafter = engine.drafters["s3d"]
+    drafter = engine.drafting.drafters["s3d"]
     assert isinstance(drafter, S3DDrafter)
     return drafter
 

@@ -224,7 +224,7 @@ class TestRows:
 
         monkeypatch.setattr(s3d, "draft_chain", record)
         engine = Engine(replace(config, adapter=str(tmp_path), drafter="s3d"))
-        drafter = engine.drafters["s3d"]
+        drafter = engine.drafting.drafters["s3d"]
         assert isinstance(drafter, s3d.S3DDrafter | s3d.S3DFusedDrafter)
         drafter.adapter.folded.clear()  # rounded to float16
         params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)

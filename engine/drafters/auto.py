@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 
-def describe_choice(chosen: str, known: Collection[str], model: str) -> str:
+def describe_choice(chosen: str, known: Collection[str], model: str, training: Callable[[], str]) -> str:
     """One line for the log: what `--drafter auto` took, and why.
 
     Args:
         known: the drafters that there are.
         model: as the user named it.
+        training: says what a training takes here; asked only where there is none.
     """
     if of_adapter := {"s3d", "eagle3"} & set(known):
         return f"drafter {chosen}: the model has an adapter ({of_adapter.pop()}); what repeats is looked up instead"
     what = "what repeats is looked up"
     if chosen == "hybrid":
         what += ", for the rest the likeliest tokens of before are drafted again"
-    return f"drafter {chosen}: the model has no adapter, so {what}; to train one: {train_command(model)}"
+    return f"drafter {chosen}: the model has no adapter, so {what}; to train one, {training()}: {train_command(model)}"
 
 
 def train_command(model: str) -> str:

@@ -89,3 +89,7 @@ class Keeper(Protocol):
     def release(self, sequence: Sequence) -> None:
         """The sequence has ended; its tokens will not change any more."""
         ...
+
+    def forget(self) -> None:
+        """Forget what was learnt from the outputs of sequences that have ended."""
+        ...

@@ -53,6 +53,11 @@ class HybridDrafter:
             if isinstance(drafter, Keeper):
                 drafter.release(sequence)
 
+    def forget(self) -> None:
+        for drafter in self.parts:
+            if isinstance(drafter, Keeper):
+                drafter.forget()
+
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         self._learn(sequences)
         found = [self._lookup.look_up(s, limit) for s, limit in zip(sequences, limits, strict=True)]

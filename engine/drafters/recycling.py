@@ -41,8 +41,12 @@ class CandidateTable:
 
     def __init__(self, vocab_size: int, width: int) -> None:
         self._width = width
-        self._ids = array("i", [_UNKNOWN]) * (vocab_size * width)
-        self._logits = array("f", [0.0]) * (vocab_size * width)
+        self._size = vocab_size * width
+        self.clear()
+
+    def clear(self) -> None:
+        self._ids = array("i", [_UNKNOWN]) * self._size
+        self._logits = array("f", [0.0]) * self._size
 
     @property
     def num_bytes(self) -> int:
@@ -84,6 +88,10 @@ class RecyclingDrafter:
     def release(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended."""
         self._calibration.settle(sequence)
+
+    def forget(self) -> None:
+        """Forget all candidates."""
+        self.table.clear()
 
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         return [self._draft(sequence, limit) for sequence, limit in zip(sequences, limits, strict=True)]

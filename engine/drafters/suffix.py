@@ -125,6 +125,9 @@ class SharedOutputs:
     def __init__(self) -> None:
         self.generations = [SuffixIndex([]), SuffixIndex([])]  # the younger first
 
+    def clear(self) -> None:
+        self.generations = [SuffixIndex([]), SuffixIndex([])]
+
     def add(self, output: SequenceOf[int]) -> None:
         """Keep a finished output, its last SHARED_TOKENS / 2 tokens at most."""
         half = SHARED_TOKENS // 2
@@ -166,6 +169,11 @@ class SuffixDrafter:
         self._calibration.settle(sequence)
         if self._own.pop(sequence, None) is not None and self._shared is not None:
             self._shared.add(sequence.tokens[sequence.prompt_len :])
+
+    def forget(self) -> None:
+        """Forget all finished outputs."""
+        if self._shared is not None:
+            self._shared.clear()
 
     def look_up(self, sequence: Sequence, limit: int) -> Lookup:
         """The draft of one sequence, of at most `limit` tokens."""

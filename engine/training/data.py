@@ -16,11 +16,11 @@ from torch import Tensor
 
 from skippy.engine.engine import Engine
 from skippy.engine.errors import EngineDead
+from skippy.engine.training.options import AT_ONCE
 from skippy.engine.types import Request, SamplingParams
 
 TEMPERATURES = (0.0, 0.0, 0.8, 1.0)
 """Of the continuations, in turn. A drafter is judged on greedy text as on sampled text."""
-AT_ONCE = 64
 SHORTEST_OPENING = 8
 """Tokens that the model writes of an opening of its own, at least; half of the length at most."""
 GRAM = 13

@@ -26,9 +26,8 @@ from typing import NamedTuple
 from skippy.engine.adapter import AdapterConfig, part_shapes, part_sizes
 from skippy.engine.config import Quantization
 from skippy.engine.model import ModelConfig
-from skippy.engine.training.data import AT_ONCE
 from skippy.engine.training.loss import rows_of_vocabulary
-from skippy.engine.training.options import TrainOptions, num_parameters
+from skippy.engine.training.options import AT_ONCE, TrainOptions, num_parameters
 
 FLOAT = 4
 """Bytes of a float32: of the adapter, its gradient and moments, and of probabilities."""
@@ -101,11 +100,13 @@ class Estimate:
     step: the work of one training step, by phase.
     text: the work of writing the training text, all of it.
     memory: the most bytes held at a time, by what they are for.
+    gradient_checkpointing: whether that is with it.
     """
 
     step: dict[str, Work]
     text: Work
     memory: dict[str, float]
+    gradient_checkpointing: bool
 
     def step_seconds(self, processor: Processor) -> float:
         return sum(work.seconds(processor) for work in self.step.values())
@@ -118,7 +119,7 @@ class Estimate:
 def estimate(base: ModelConfig, adapter: AdapterConfig, options: TrainOptions, precision: Precision) -> Estimate:
     """The cost of training `adapter`; `options.gradient_checkpointing` of None counts as False."""
     shape = _Shape(base, adapter, options, precision)
-    return Estimate(dict(_step(shape)), _text(shape), dict(_memory(shape)))
+    return Estimate(dict(_step(shape)), _text(shape), dict(_memory(shape)), bool(options.gradient_checkpointing))
 
 
 class _Shape:

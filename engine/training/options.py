@@ -14,6 +14,8 @@ SMALL_BASE = 10_000_000
 """Parameters of a base whose adapter may have LARGEST_SHARE of its bytes; it falls with the square root."""
 SCALES = 32
 LARGEST_DRAFT_VOCABULARY = 32768
+AT_ONCE = 64
+"""Sequences of the training text that the model writes at the same time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,6 @@ from skippy.engine.prompts import Line, read_lines, read_prompts
 from skippy.engine.quant import pack_as
 from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.training.data import (
-    AT_ONCE,
     Sample,
     generate_samples,
     most_frequent,
@@ -43,7 +42,6 @@ from skippy.engine.training.data import (
     without_overlap,
 )
 from skippy.engine.training.display import Display, duration
-from skippy.engine.training.estimate import BYTES_PER_WEIGHT, Precision, estimate
 from skippy.engine.training.files import (
     CHECKPOINT,
     DATA,
@@ -55,14 +53,13 @@ from skippy.engine.training.files import (
     save_samples,
     save_tensors,
 )
-from skippy.engine.training.options import TrainOptions
+from skippy.engine.training.here import cost_here
+from skippy.engine.training.options import AT_ONCE, TrainOptions
 from skippy.engine.training.trainer import Trainer, hold_out
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
 EVALUATIONS = 10
 CHECKPOINT_SECONDS = 30.0
-SHARE_OF_MEMORY = 0.85
-"""That a training may fill without gradient checkpointing."""
 OF_DATA = ("model", "dtype", "quantization", "data", "exclude", "sequences", "length", "seed")
 """The parts of a recipe that the training text depends on."""
 
@@ -273,26 +270,10 @@ def _trainer(job: _Job, samples: list[Sample]) -> Trainer:
         adapter.draft_ids = most_frequent(samples, len(adapter.draft_ids), job.checkpoint.vocab_size)
     device = model.model.embed_tokens.weight.device
     adapter.to(device)
-    options = job.options
-    if options.gradient_checkpointing is None:
-        options = replace(options, gradient_checkpointing=_needs_checkpointing(model, job, device))
+    dtype = model.model.embed_tokens.weight.dtype
+    cost = cost_here(model.config, job.shape, job.options, dtype, job.config.quantization, device)
+    options = replace(job.options, gradient_checkpointing=cost.gradient_checkpointing)
     return Trainer(model, adapter, samples, options)
-
-
-def _needs_checkpointing(model: CausalLM, job: _Job, device: torch.device) -> bool:
-    """Whether a step that keeps all of the draft rows would not fit into the memory."""
-    itemsize = model.model.embed_tokens.weight.itemsize
-    per_weight = BYTES_PER_WEIGHT.get(job.config.quantization, itemsize)
-    needed = estimate(model.config, job.shape, job.options, Precision(itemsize, per_weight)).peak_bytes
-    return needed > SHARE_OF_MEMORY * _total_memory(device)
-
-
-def _total_memory(device: torch.device) -> int:
-    """Bytes that a device has, in use or not."""
-    if device.type == "cuda":
-        total: int = torch.cuda.mem_get_info(device)[1]
-        return total
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(slots=True)

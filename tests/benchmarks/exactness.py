@@ -140,7 +140,7 @@ def main() -> int:
         from_reference = comparison.differences(mode, expected, {choice: base[choice] for choice in expected})
         print(f"{mode}: the reference and plain decoding differ in {from_reference} of {len(expected)} outputs")
         for at_once in (1, 16):
-            for drafter in comparison.engine.drafters:
+            for drafter in comparison.engine.drafting.drafters:
                 start = time.perf_counter()
                 found, drafted, accepted = comparison.run(mode, drafter, at_once)
                 tokens = sum(map(len, base.values()))

@@ -64,7 +64,7 @@ def num_right(draft: SequenceOf[int], following: SequenceOf[int]) -> int:
 
 
 def record(engine: Engine, prompt: tuple[int, ...], params: SamplingParams, width: int) -> dict[str, str]:
-    s3d = engine.drafters[S3DDrafter.name]
+    s3d = engine.drafting.drafters[S3DDrafter.name]
     assert isinstance(s3d, S3DDrafter), "only a separate adapter drafts without riders"
     recorder = Recorder(s3d)
     engine.add_drafter(recorder)

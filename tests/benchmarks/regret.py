@@ -73,7 +73,11 @@ def compare(
     prompts = [tuple(tokenizer.encode(texts[place % len(texts)])) for place in range(wanted)]
     params = SamplingParams(max_tokens=options.max_tokens, temperature=temperature, seed=0, ignore_eos=True)
     chosen = DraftPlan(drafter)
-    plans = [DraftPlan("none"), *(DraftPlan(drafter, width) for width in range(1, engine.widest(drafter) + 1)), chosen]
+    plans = [
+        DraftPlan("none"),
+        *(DraftPlan(drafter, width) for width in range(1, engine.drafting.widest(drafter) + 1)),
+        chosen,
+    ]
     rates: dict[DraftPlan, list[float]] = {plan: [] for plan in plans}
     decode(engine, prompts[:clients], "none", clients, params)
     for _ in range(options.repeat):

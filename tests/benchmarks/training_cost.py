@@ -20,13 +20,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.model import CausalLM, ModelConfig
 from skippy.engine.training.data import Sample, temperature_of
 from skippy.engine.training.estimate import BFLOAT16, FLOAT32, Estimate, Processor, estimate
+from skippy.engine.training.here import Probe
 from skippy.engine.training.options import TrainOptions
 from skippy.engine.training.trainer import Trainer
 
@@ -60,26 +60,6 @@ def process_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-class Probe:
-    """What the processor reaches on a model's products, and on what lies between: a sum, a softmax, a copy."""
-
-    def __init__(self, base: ModelConfig, rows: int, dtype: torch.dtype) -> None:
-        self._x = torch.randn(rows, base.hidden_size).to(dtype)
-        self._weight = torch.randn(2 * base.intermediate_size, base.hidden_size).to(dtype)
-        self._y, self._z = (torch.randn(rows, 2 * base.intermediate_size).to(dtype) for _ in range(2))
-        self._flops: list[float] = []
-        self._bandwidth: list[float] = []
-
-    def measure(self) -> None:
-        seconds = process_seconds(lambda: F.linear(self._x, self._weight))
-        self._flops.append(2 * self._weight.numel() * len(self._x) / seconds)
-        seconds = process_seconds(lambda: (self._y + self._z, self._y.softmax(-1), self._z.clone()))
-        self._bandwidth.append((3 + 2 + 2) * self._y.nbytes / seconds)
-
-    def processor(self) -> Processor:
-        return Processor(statistics.median(self._flops), statistics.median(self._bandwidth))
-
-
 def peak_of_step(trainer: Trainer) -> int:
     """The most bytes that tensors hold during a step, the model and the adapter included."""
     tensors = [*trainer.model.parameters(), *trainer.state().values()]
@@ -101,7 +81,8 @@ def measure(base: ModelConfig, dtype: str, checkpointing: bool, steps: int) -> t
     """Seconds of a step, its peak of memory, what the processor reached meanwhile, and the prediction."""
     options = replace(OPTIONS, gradient_checkpointing=checkpointing)
     trainer = make_trainer(base, getattr(torch, dtype), options)
-    probe = Probe(base, options.batch_size * options.length, getattr(torch, dtype))
+    rows = options.batch_size * options.length
+    probe = Probe(base, rows, getattr(torch, dtype), torch.device("cpu"), clock=time.process_time)
     trainer.run_step()
     seconds = []
     for _ in range(steps):
