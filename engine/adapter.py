@@ -31,6 +31,8 @@ from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.linear import RowLinear
 from skippy.engine.model import CausalLM, ModelConfig
 
+DEFAULT_WIDTH = 6
+"""Tokens that an adapter drafts at most, if nobody says."""
 PARTS = ("qkv", "o", "gate_up", "down")
 MAX_RANK = 2**16
 """Of LoRA, bridge and head: a limit for nonsense, not for memory."""

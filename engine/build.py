@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -64,7 +66,9 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
             f"max_model_len {wanted_len} exceeds the {shape.max_position_embeddings} positions of the model."
         )
     adapter = eagle = None
-    if config.adapter is not None and is_eagle(config.adapter):
+    if config.learn is not None:
+        adapter = _learnt_adapter(config, checkpoint, dtype, device)
+    elif config.adapter is not None and is_eagle(config.adapter):
         eagle = load_eagle(config.adapter, checkpoint, dtype, device, wanted_len)
     elif config.adapter is not None or config.drafter != "none":
         adapter = find_adapter(checkpoint, config.adapter, dtype, device)
@@ -119,6 +123,24 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
     runner = Runner(model, pool, attention, tiling)
     eagle_cache = None if eagle is None else _cache_of_head(eagle, runner, max_model_len)
     return Build(checkpoint, runner, max_model_len, adapter, eagle, eagle_cache)
+
+
+def _learnt_adapter(
+    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> S3DAdapter | None:
+    """What learning begins with: the adapter in its own folder, else the one that would be used without."""
+    assert config.learn is not None
+    given = config.adapter
+    if (Path(os.path.expanduser(config.learn)) / "adapter.json").exists():
+        if given is not None:
+            raise ConfigError(f"--learn goes on with the adapter in {config.learn}: leave --adapter out.")
+        given = config.learn
+    if given is not None and is_eagle(given):
+        raise ConfigError(f"{given} holds an EAGLE-3 head, which cannot learn here; --learn needs an adapter for s3d.")
+    adapter = find_adapter(checkpoint, given, dtype, device)
+    if adapter is not None and adapter.config.fused:
+        raise ConfigError("A fused adapter cannot learn from what is served: use skippy train --fused.")
+    return adapter
 
 
 def _cache_of_head(head: EagleHead, runner: Runner, max_len: int) -> Runner:

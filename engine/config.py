@@ -40,6 +40,8 @@ class EngineConfig:
     share_drafts: bool = True
     """Whether a request may be drafted from what others made the model say; its speed tells of that a little."""
     tuned_plan: str | None = None
+    learn: str | None = None
+    """Folder of an adapter that learns from what is served."""
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 
+from skippy.engine.adapter import DEFAULT_WIDTH, S3DAdapter
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.audience import Audience
 from skippy.engine.build import Build
@@ -18,7 +19,9 @@ from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.recycling import RecyclingDrafter
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
 from skippy.engine.drafters.suffix import SharedOutputs, SuffixDrafter
+from skippy.engine.eagle import EagleHead
 from skippy.engine.errors import ConfigError
+from skippy.engine.runner import Runner
 from skippy.engine.sampling import SamplingState
 from skippy.engine.scheduler import Schedule
 from skippy.engine.sequence import Sequence
@@ -29,6 +32,12 @@ DEFAULT_SPECULATIVE_TOKENS = 4
 """For drafters that do not know better."""
 
 
+class _NotLearnt(NoDrafter):
+    """In the place of an adapter's drafter until there is an adapter."""
+
+    name = S3DDrafter.name
+
+
 class Drafting:
     """The drafters of one engine.
 
@@ -36,6 +45,7 @@ class Drafting:
         states: how each live sequence chooses its tokens; for those that foresee it.
         priors: what the drafters' controllers begin with, by name.
         share: whether a sequence may be drafted for from what others were told.
+        learns: whether an adapter may be adopted later; until then its drafter drafts nothing.
 
     Attributes:
         drafters: by the names that requests use.
@@ -44,10 +54,28 @@ class Drafting:
     """
 
     def __init__(
-        self, built: Build, states: Mapping[Sequence, SamplingState], priors: Mapping[str, Prior], *, share: bool
+        self,
+        built: Build,
+        states: Mapping[Sequence, SamplingState],
+        priors: Mapping[str, Prior],
+        *,
+        share: bool,
+        learns: bool = False,
     ) -> None:
+        self._built, self._states = built, states
         self.drafters: dict[str, Drafter] = {}
-        known = list(_drafters(built, states, share))
+        self._shared = SharedOutputs() if share else None
+        known: list[Drafter] = [NoDrafter(), NgramDrafter(), SuffixDrafter(self._shared)]
+        if share:  # what is recycled has no owner
+            known.append(RecyclingDrafter(built.checkpoint.vocab_size, states))
+        if built.adapter is not None:
+            known += self._of_adapter(built.adapter)
+        elif built.eagle is not None and built.eagle_cache is not None:
+            known += self._of_head(built.eagle, built.eagle_cache)
+        elif learns:
+            known += [_NotLearnt(), self._without_adapter()]
+        elif share:
+            known.append(self._without_adapter())
         self.fused = next((drafter for drafter in known if isinstance(drafter, S3DFusedDrafter)), None)
         self.audience = Audience(self.fused)
         for drafter in known:
@@ -61,6 +89,13 @@ class Drafting:
         """Let requests name one more drafter, or another one by a name that there is."""
         self.drafters[drafter.name] = drafter
         self.audience.seat(drafter.name, drafter.parts if isinstance(drafter, HybridDrafter) else (drafter,))
+
+    def adopt(self, adapter: S3DAdapter) -> None:
+        """Draft with another adapter, of the separate kind, from the next step on."""
+        for drafter in self._of_adapter(adapter):
+            self.add(drafter)
+            # How often a draft is accepted, and maybe how long it takes, is not what it was.
+            self._controllers[drafter.name] = Controller(adapter.config.num_speculative_tokens)
 
     def choose(self, wanted: str, model: str) -> str:
         """The drafter of requests that name none.
@@ -162,6 +197,30 @@ class Drafting:
             if isinstance(drafter, Keeper):
                 drafter.forget()
 
+    # Those within a hybrid are its own: drafters learn from their own sequences.
+
+    def _of_adapter(self, adapter: S3DAdapter) -> list[Drafter]:
+        runner, lookup = self._built.runner, SuffixDrafter(self._shared)
+        if adapter.config.fused:
+            fused = S3DFusedDrafter(runner, adapter, self._states)
+            # Masks ride before anybody knows what a lookup will find.
+            return [fused, HybridDrafter(lookup, fused)]
+        separate, within = (S3DDrafter(runner, adapter, self._states) for _ in range(2))
+        cost = len(adapter.kept) / self._built.checkpoint.config.num_hidden_layers
+        return [separate, HybridDrafter(lookup, within, draft_cost=cost)]
+
+    def _of_head(self, head: EagleHead, cache: Runner) -> list[Drafter]:
+        model = self._built.runner.model
+        alone, within = (Eagle3Drafter(head, model, cache, self._states) for _ in range(2))
+        cost = eagle3.MAX_DRAFT / self._built.checkpoint.config.num_hidden_layers
+        return [alone, HybridDrafter(SuffixDrafter(self._shared), within, draft_cost=cost)]
+
+    def _without_adapter(self) -> HybridDrafter:
+        lookup = SuffixDrafter(self._shared)
+        if self._shared is None:
+            return HybridDrafter(lookup, NoDrafter())
+        return HybridDrafter(lookup, RecyclingDrafter(self._built.checkpoint.vocab_size, self._states))
+
     def _free_width(self, name: str) -> int:
         drafter = self.drafters[name]
         return drafter.free_width if isinstance(drafter, HybridDrafter) else 0
@@ -172,31 +231,10 @@ class Drafting:
         return drafter.free if isinstance(drafter, HybridDrafter) else ()
 
 
-def _drafters(built: Build, states: Mapping[Sequence, SamplingState], share: bool) -> Iterable[Drafter]:
-    """Those that this model and its adapter allow. Those within the hybrid learn from its own sequences."""
-    shared = SharedOutputs() if share else None
-    yield from (NoDrafter(), NgramDrafter(), SuffixDrafter(shared))
-    lookup, runner, layers = SuffixDrafter(shared), built.runner, built.checkpoint.config.num_hidden_layers
-    if share:  # what is recycled has no owner
-        yield RecyclingDrafter(built.checkpoint.vocab_size, states)
-    if built.adapter is not None and built.adapter.config.fused:
-        fused = S3DFusedDrafter(runner, built.adapter, states)
-        # Masks ride before anybody knows what a lookup will find.
-        yield from (fused, HybridDrafter(lookup, fused))
-    elif built.adapter is not None:
-        separate, within = (S3DDrafter(runner, built.adapter, states) for _ in range(2))
-        skipped = built.adapter.config.skip_end - built.adapter.config.skip_start
-        yield from (separate, HybridDrafter(lookup, within, draft_cost=1 - skipped / layers))
-    elif built.eagle is not None and built.eagle_cache is not None:
-        eagles = [Eagle3Drafter(built.eagle, runner.model, built.eagle_cache, states) for _ in range(2)]
-        yield from (eagles[0], HybridDrafter(lookup, eagles[1], draft_cost=eagle3.MAX_DRAFT / layers))
-    elif share:
-        yield HybridDrafter(lookup, RecyclingDrafter(built.checkpoint.vocab_size, states))
-
-
 def _widest(built: Build) -> dict[str, int]:
     """The most tokens that controllers grant, by drafter, for all that can stop by themselves."""
     widest = {
+        S3DDrafter.name: DEFAULT_WIDTH,  # of the adapter that may be learnt
         SuffixDrafter.name: suffix.MAX_DRAFT,
         RecyclingDrafter.name: recycling.MAX_DRAFT,
         Eagle3Drafter.name: eagle3.MAX_DRAFT,

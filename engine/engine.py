@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from skippy.engine.accept import accept
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
-from skippy.engine.build import build
+from skippy.engine.build import Build, build
 from skippy.engine.config import EngineConfig
 from skippy.engine.drafters.auto import describe_choice
 from skippy.engine.drafters.base import Drafter
@@ -37,6 +38,9 @@ from skippy.engine.types import (
     StepStats,
     TokenLogprobs,
 )
+
+if TYPE_CHECKING:
+    from skippy.engine.learning import Learner
 
 logger = logging.getLogger("skippy.engine")
 
@@ -78,11 +82,15 @@ class Engine:
         )
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
-        self.drafting = Drafting(built, self.states, load_priors(config, built), share=config.share_drafts)
+        learns = config.learn is not None
+        self.drafting = Drafting(
+            built, self.states, load_priors(config, built), share=config.share_drafts, learns=learns
+        )
         self._default_drafter = self.drafting.choose(config.drafter, str(built.checkpoint.path))
         if config.drafter == "auto":
-            names = list(self.drafting.drafters)
-            logger.info(describe_choice(self._default_drafter, names, config.model, self._describe_training))
+            has_adapter = built.adapter is not None or built.eagle is not None
+            logger.info(describe_choice(self._default_drafter, has_adapter, config.model, self._describe_training))
+        self._learner = _learner(config, built, self.drafting) if learns else None
         self.info = self._describe()
 
     def add_drafter(self, drafter: Drafter) -> None:
@@ -147,6 +155,18 @@ class Engine:
             kv_blocks_used=self._blocks.num_held,
             kv_blocks_total=self._blocks.num_blocks,
         )
+
+    def learn(self) -> bool:
+        """With nothing to serve, do a small piece of learning; False if there is nothing to learn."""
+        assert not self.has_work, "a request would wait"
+        try:
+            return self._learner is not None and self._learner.work()
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("learning ends here; serving goes on")
+            self._learner = None
+            return False
 
     def step(self) -> StepOutput:
         """Propose, verify, choose, accept, commit: one pass for whatever is scheduled.
@@ -297,6 +317,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.drafting.release(sequence)
+        if self._learner and reason in ("stop", "length"):
+            self._learner.hear(sequence, self.states[sequence])
         self._scheduler.remove(sequence)
         del self.states[sequence]
         siblings = self._sequences[sequence.request.request_id]
@@ -378,6 +400,13 @@ class Engine:
             kv_bytes=pool.num_bytes,
             max_num_seqs=self._config.max_num_seqs,
         )
+
+
+def _learner(config: EngineConfig, built: Build, drafting: Drafting) -> Learner:
+    # Serving alone needs nothing of training.
+    from skippy.engine.learning import Learner  # noqa: PLC0415
+
+    return Learner(config, built, drafting.adopt)
 
 
 def _decision_rows(logits: Tensor, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Tensor:

@@ -61,12 +61,14 @@ class Worker:
             for command in early:
                 self._obey(engine, command)
             while True:
-                self._take_commands(engine, wait=not engine.has_work)
+                told = self._take_commands(engine, wait=not engine.has_work and not engine.learn())
                 if engine.has_work:
                     self._send(Stepped(engine.step()))
-                else:
+                elif told:
                     # The last request was aborted or refused: say that nothing runs any more.
                     self._send(Stepped(StepOutput([], engine.load())))
+                else:
+                    continue  # a piece was learnt
                 if not engine.has_work:
                     engine.check()  # a block that is lost, or held twice, would cost exactness in the end
         except (_Hangup, BrokenPipeError):
@@ -85,11 +87,14 @@ class Worker:
             raise TypeError(f"the first command is {type(start).__name__}, not Start")
         return start.config, early
 
-    def _take_commands(self, engine: Engine, *, wait: bool) -> None:
-        while wait or select.select([self._read_fd], [], [], 0)[0]:
+    def _take_commands(self, engine: Engine, *, wait: bool) -> bool:
+        """Obey what has come, and say whether anything has."""
+        told = False
+        while (wait and not told) or select.select([self._read_fd], [], [], 0)[0]:
             for command in self._read():
                 self._obey(engine, command)
-            wait = False
+            told = True
+        return told
 
     def _obey(self, engine: Engine, command: Command) -> None:
         if isinstance(command, Add):

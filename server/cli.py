@@ -255,7 +255,8 @@ _TUNE_OPTIONS = (
     Option("repeat", positive, "sweep and measure this often", 2),
 )
 
-_ENGINE_SETTINGS = tuple(field.name for field in fields(EngineConfig))
+# Only a server has idle moments to learn in.
+_ENGINE_SETTINGS = tuple(field.name for field in fields(EngineConfig) if field.name != "learn")
 
 # A benchmark names its drafters itself, and a cached prompt would flatter every run but the first.
 _BENCH_SETTINGS = tuple(name for name in _ENGINE_SETTINGS if name not in ("drafter", "enable_prefix_caching"))

@@ -134,6 +134,11 @@ class Settings(BaseModel):
         description="file that skippy tune saved, with which s3d and hybrid need not measure first; unset: the one in "
         "the user's cache directory, if there is one",
     )
+    learn: str | None = Field(
+        default=_ENGINE_DEFAULTS.learn,
+        description="train the adapter in this folder on what is served, while nothing is; begun if it is not there. "
+        "No text is written",
+    )
     num_threads: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_threads,
         description="CPU threads of the engine; auto: all cores, one less when serving",

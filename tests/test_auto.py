@@ -8,15 +8,15 @@ from skippy.engine.drafters.auto import describe_choice
 
 
 @pytest.mark.parametrize(
-    ("chosen", "known", "expected", "advice"),
+    ("chosen", "has_adapter", "expected", "advice"),
     [
-        ("hybrid", ("none", "suffix", "s3d", "hybrid"), "the model has an adapter", False),
-        ("hybrid", ("none", "suffix", "recycling", "hybrid"), "likeliest tokens of before", True),
-        ("suffix", ("none", "suffix"), "what repeats is looked up; to train one, a day here: ", True),
+        ("hybrid", True, "the model has an adapter", False),
+        ("hybrid", False, "likeliest tokens of before", True),
+        ("suffix", False, "what repeats is looked up; to train one, a day here: ", True),
     ],
 )
-def test_one_line_says_what_and_why(chosen: str, known: tuple[str, ...], expected: str, advice: bool) -> None:
-    line = describe_choice(chosen, known, "my model", lambda: "a day here")
+def test_one_line_says_what_and_why(chosen: str, has_adapter: bool, expected: str, advice: bool) -> None:
+    line = describe_choice(chosen, has_adapter, "my model", lambda: "a day here")
     assert line.startswith(f"drafter {chosen}: ")
     assert expected in line
     assert ("skippy train 'my model' -o adapter" in line) == advice

@@ -61,7 +61,7 @@ FORBIDDEN = [
     (
         "skippy",
         ("skippy.engine.training",),
-        ("skippy.engine.training", "skippy.engine.plan", "skippy.engine.engine"),
+        ("skippy.engine.training", "skippy.engine.plan", "skippy.engine.engine", "skippy.engine.learning"),
     ),
     ("skippy.engine.accept", ("skippy.engine.model",), ()),
     ("skippy.engine.sampling", ("skippy.engine.model",), ()),

@@ -29,6 +29,7 @@ from skippy.engine.drafters import s3d
 from skippy.engine.errors import TrainingError
 from skippy.engine.families import parse_config
 from skippy.engine.model import CausalLM
+from skippy.engine.sampling import SamplingState
 from skippy.engine.training import trainer as trainer_module
 from skippy.engine.training.data import SHORTEST_OPENING, Sample, generate_samples, temperature_of, without_overlap
 from skippy.engine.training.display import Display
@@ -323,7 +324,10 @@ class TestWalk:
             request = Request("x", tuple(sample.tokens[: sample.start]), params, num_speculative_tokens=3)
             outputs = run_dry(engine, [request])["x", 0]
             assert [t for part in outputs for t in part.token_ids] == sample.tokens[sample.start :]
-            walked = list(accepted_counts(model, adapter, sample))
+            params = SamplingParams(temperature=sample.temperature, seed=sample.seed)
+            prompt = sample.tokens[: sample.start]
+            state = SamplingState(params, prompt, sample.seed, 0, (), model.lm_head.out_features, torch.device("cpu"))
+            walked = list(accepted_counts(model, adapter, sample.tokens, sample.start, state))
             # The first step computes the prompt; the last ones draft beyond the end of the text.
             assert walked == [len(part.token_ids) - 1 for part in outputs[1 : 1 + len(walked)]]
             assert sum(len(part.token_ids) for part in outputs[1 + len(walked) :]) <= 3

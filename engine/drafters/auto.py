@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 
-def describe_choice(chosen: str, known: Collection[str], model: str, training: Callable[[], str]) -> str:
+def describe_choice(chosen: str, has_adapter: bool, model: str, training: Callable[[], str]) -> str:
     """One line for the log: what `--drafter auto` took, and why.
 
     Args:
-        known: the drafters that there are.
+        has_adapter: of whichever kind.
         model: as the user named it.
         training: says what a training takes here; asked only where there is none.
     """
-    if of_adapter := {"s3d", "eagle3"} & set(known):
-        return f"drafter {chosen}: the model has an adapter ({of_adapter.pop()}); what repeats is looked up instead"
+    if has_adapter:
+        return f"drafter {chosen}: the model has an adapter; what repeats is looked up instead"
     what = "what repeats is looked up"
     if chosen == "hybrid":
         what += ", for the rest the likeliest tokens of before are drafted again"

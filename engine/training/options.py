@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from skippy.engine.adapter import AdapterConfig, part_shapes, part_sizes
+from skippy.engine.adapter import DEFAULT_WIDTH, AdapterConfig, part_shapes, part_sizes
 from skippy.engine.errors import ConfigError
 from skippy.engine.model import ModelConfig
 
@@ -48,7 +48,7 @@ class TrainOptions:
     tv_share: float = 0.7
     seed: int = 0
     gradient_checkpointing: bool | None = None
-    num_speculative_tokens: int = 6
+    num_speculative_tokens: int = DEFAULT_WIDTH
     skip_start: int | None = None
     skip_end: int | None = None
     lora_rank: int | None = None

@@ -16,7 +16,7 @@ from skippy.engine.model import CausalLM
 from skippy.engine.training.data import Sample
 from skippy.engine.training.loss import Head, draft_loss, rows_of_vocabulary, teacher_tops
 from skippy.engine.training.options import TrainOptions
-from skippy.engine.training.passes import draft_rows, teach
+from skippy.engine.training.passes import Teaching, draft_rows, teach
 from skippy.engine.training.walk import Walk, walk
 
 DEPTH_DECAY = 0.9
@@ -110,12 +110,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `resume` needs, by name; the tensors are not copied."""
-        state = {"step": torch.tensor(self.step)}
-        for name, parameter in self.adapter.named_parameters():
-            state[f"adapter.{name}"] = parameter.detach()
-            for moment, value in self._optimizer.state[parameter].items():
-                state[f"{moment}.{name}"] = value
-        return state
+        return training_state(self.adapter, self._optimizer, self.step)
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another trainer, of the same arguments, was when it gave its `state`.
@@ -123,16 +118,7 @@ class Trainer:
         Raises:
             KeyError, RuntimeError: it is the state of another adapter.
         """
-        with torch.no_grad():
-            for name, parameter in self.adapter.named_parameters():
-                parameter.copy_(state[f"adapter.{name}"])
-                if f"step.{name}" in state:  # before the first step there are no moments
-                    self._optimizer.state[parameter] = {
-                        "step": state[f"step.{name}"].clone(),  # AdamW wants it on the CPU
-                        "exp_avg": state[f"exp_avg.{name}"].to(parameter.device, copy=True),
-                        "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter.device, copy=True),
-                    }
-        self.step = int(state["step"])
+        self.step = load_training_state(self.adapter, self._optimizer, state)
 
     def _batch(self) -> list[Sample]:
         """The samples of the step: every epoch goes over all of them, in an order of its own."""
@@ -147,13 +133,45 @@ class Trainer:
         return random.Random(f"{self.options.seed} {purpose} {number}")
 
     def _learning_rate(self) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.options.steps))
-        warm = min(1.0, (self.step + 1) / WARM_UP)
-        return self.options.learning_rate * warm * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
+        return self.options.learning_rate * share_of_rate(self.step, self.options.steps)
 
     def _tv_share(self) -> float:
         """None of it in the first quarter: where drafts are all wrong, TV has no slope."""
         return self.options.tv_share if self.step >= self.options.steps // 4 else 0.0
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """The part of the peak learning rate that a step of a whole training has: a short rise, and half a cosine."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / WARM_UP) * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
+
+
+def training_state(adapter: S3DAdapter, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
+    """An adapter and the moments of its AdamW, by name; the tensors are not copied."""
+    state = {"step": torch.tensor(step)}
+    for name, parameter in adapter.named_parameters():
+        state[f"adapter.{name}"] = parameter.detach()
+        for moment, value in optimizer.state[parameter].items():
+            state[f"{moment}.{name}"] = value
+    return state
+
+
+@torch.no_grad()
+def load_training_state(adapter: S3DAdapter, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> int:
+    """Take over what `training_state` gave, and return its step.
+
+    Raises:
+        KeyError, RuntimeError: it is the state of another adapter.
+    """
+    for name, parameter in adapter.named_parameters():
+        parameter.copy_(state[f"adapter.{name}"])
+        if f"step.{name}" in state:  # before the first step there are no moments
+            optimizer.state[parameter] = {
+                "step": state[f"step.{name}"].clone(),  # AdamW wants it on the CPU
+                "exp_avg": state[f"exp_avg.{name}"].to(parameter.device, copy=True),
+                "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter.device, copy=True),
+            }
+    return int(state["step"])
 
 
 def hold_out(samples: Sequence[Sample], batch_size: int) -> tuple[list[Sample], HeldOut]:
@@ -198,9 +216,25 @@ def step_loss(
     """
     device = model.model.embed_tokens.weight.device
     tokens = torch.tensor([sample.tokens for sample in samples], device=device)
+    return taught_loss(
+        model, adapter, teach(model, adapter, tokens), anchors, tv_share, generator, checkpointing=checkpointing
+    )
+
+
+def taught_loss(
+    model: CausalLM,
+    adapter: S3DAdapter,
+    teaching: Teaching,
+    anchors: int,
+    tv_share: float,
+    generator: torch.Generator,
+    *,
+    checkpointing: bool = False,
+) -> Tensor:
+    """The loss of `step_loss` behind its teacher pass."""
+    tokens, device = teaching.tokens, teaching.tokens.device
     batch, length = tokens.shape
     width = adapter.config.num_speculative_tokens
-    teaching = teach(model, adapter, tokens)
     # Distinct places, so that no row is computed twice.
     places = torch.rand(batch, length - width, generator=generator).topk(anchors, dim=1).indices.to(device) + 1
     hidden = draft_rows(model, adapter, teaching, places, checkpointing=checkpointing).flatten(0, 1)

@@ -39,7 +39,13 @@ class Walk:
 
 def walk(model: CausalLM, adapter: S3DAdapter, samples: Sequence[Sample]) -> Walk:
     """Tokens per step if `samples` were decoded with the adapter, as the engine would count them."""
-    accepted = [count for sample in samples for count in accepted_counts(model, adapter, sample)]
+    device = model.model.embed_tokens.weight.device
+    accepted: list[int] = []
+    for sample in samples:
+        params = SamplingParams(temperature=sample.temperature, seed=sample.seed)
+        prompt, size = sample.tokens[: sample.start], model.lm_head.out_features
+        state = SamplingState(params, prompt, sample.seed, 0, (), size, device)
+        accepted += accepted_counts(model, adapter, sample.tokens, sample.start, state)
     steps = max(1, len(accepted))
     return Walk(
         tokens_per_step=sum(accepted) / steps + 1,
@@ -50,23 +56,36 @@ def walk(model: CausalLM, adapter: S3DAdapter, samples: Sequence[Sample]) -> Wal
 
 
 @torch.no_grad()
-def accepted_counts(model: CausalLM, adapter: S3DAdapter, sample: Sample) -> Iterator[int]:
-    """How many drafted tokens each step of a decode accepts, while the text goes on beyond its draft."""
+def accepted_counts(
+    model: CausalLM,
+    adapter: S3DAdapter,
+    tokens: Sequence[int],
+    start: int,
+    state: SamplingState,
+    *,
+    places: int = PLACES,
+    cut: int = 0,
+) -> Iterator[int]:
+    """How many drafted tokens each step of a decode accepts, while the text goes on beyond its draft.
+
+    Args:
+        start: where the decode begins.
+        state: how the text's tokens were chosen.
+        places: drafted from at a time.
+        cut: how many tokens of the text went before the first one.
+    """
     width = adapter.config.num_speculative_tokens
-    tokens = torch.tensor([sample.tokens], device=model.model.embed_tokens.weight.device)
-    teaching = teach(model, adapter, tokens)
-    params = SamplingParams(temperature=sample.temperature, seed=sample.seed)
-    vocab_size = model.lm_head.out_features
-    state = SamplingState(params, sample.tokens[: sample.start], sample.seed, 0, (), vocab_size, tokens.device)
-    place, end = sample.start, len(sample.tokens) - width
+    text = torch.tensor([tokens], device=model.model.embed_tokens.weight.device)
+    teaching = teach(model, adapter, text)
+    place, end = start, len(tokens) - width
     while place < end:
-        anchors = torch.arange(place, min(place + PLACES, end), device=tokens.device)[None]
+        anchors = torch.arange(place, min(place + places, end), device=text.device)[None]
         hidden = draft_rows(model, adapter, teaching, anchors)[0]
-        prospects = [Prospect(state, anchor + 1) for anchor in anchors[0].tolist()]
-        drafts = draft_chain(model, adapter, hidden, tokens[0, anchors[0]], prospects)
+        prospects = [Prospect(state, cut + anchor + 1) for anchor in anchors[0].tolist()]
+        drafts = draft_chain(model, adapter, hidden, text[0, anchors[0]], prospects)
         first = place
         while place - first < len(drafts):
-            following = sample.tokens[place + 1 : place + 1 + width]
+            following = tokens[place + 1 : place + 1 + width]
             agreeing = (a == b for a, b in zip(drafts[place - first], following, strict=True))
             accepted = sum(takewhile(bool, agreeing))
             yield accepted

@@ -1,0 +1,287 @@
+"""`--learn`: the adapter learns from what is served, in the gaps between requests.
+
+All of it happens in the engine's own thread, a small piece at a time and only when nothing is
+to be served: a request that comes waits for the piece at hand, and for nothing else. Texts are
+kept in memory alone, the latest ones; what is written is an adapter and where its training
+stands. One text in eight is held out; from time to time the adapter that learns is held against
+the one that drafts, on those, and takes its place if it is better. Output does not depend on it.
+
+On a GPU the model that serves also teaches. On a CPU its matrices are packed in a way that no
+gradient goes through, so a copy in bfloat16 teaches.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import random
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from skippy.engine.adapter import AdapterConfig, S3DAdapter
+from skippy.engine.adapter_files import fingerprint, save_adapter
+from skippy.engine.build import Build
+from skippy.engine.config import EngineConfig
+from skippy.engine.errors import ConfigError, TrainingError
+from skippy.engine.model import CausalLM
+from skippy.engine.sampling import SamplingState
+from skippy.engine.sequence import Sequence
+from skippy.engine.training.files import (
+    CHECKPOINT,
+    append_progress,
+    check_recipe,
+    load_tensors,
+    read_progress,
+    save_tensors,
+)
+from skippy.engine.training.options import TrainOptions, num_parameters
+from skippy.engine.training.passes import teach
+from skippy.engine.training.run import load_base
+from skippy.engine.training.trainer import (
+    LARGEST_NORM,
+    load_training_state,
+    share_of_rate,
+    taught_loss,
+    training_state,
+)
+from skippy.engine.training.walk import accepted_counts
+from skippy.engine.weights import Checkpoint
+
+TEXTS = 512
+"""The latest texts to learn from that are kept."""
+HELD_OUT = 32
+HOLD_OUT_EVERY = 8
+FEWEST_TEXTS = 16
+"""Before it begins."""
+LENGTH = 256
+"""Tokens of a text that are learnt from at a time."""
+SHORTEST = 24
+BATCH = 8
+"""Texts per step."""
+PARTS, ANCHORS = 2, 24
+"""Pieces that the draft rows of a text are parted into, and places drafted from in each."""
+PLACES = 16
+"""Drafted from at a time where the adapters are compared."""
+PERIOD = 800
+"""Steps from one peak of the learning rate to the next."""
+LATER_PEAK = 0.25
+"""Of all peaks but the first."""
+TV_FROM = PERIOD // 4
+"""The step from which total variation counts; before, drafts are mostly wrong, and it has no slope."""
+EVALUATE_EVERY = 25
+MARGIN = 1.01
+"""The tokens per step must be so many times as many to change the adapter."""
+REST_AFTER = PERIOD
+"""Steps without a new text after which nothing more is learnt."""
+SAVE_SECONDS = 60.0
+
+logger = logging.getLogger("skippy.engine")
+
+
+def fresh_shape(checkpoint: Checkpoint) -> AdapterConfig:
+    """Of an adapter that begins with nothing: as trained by default, but over the whole vocabulary.
+
+    Which tokens are frequent is not known yet.
+    """
+    options = TrainOptions(draft_vocab_size=0)
+    return options.adapter_config(checkpoint.config, num_parameters(checkpoint.config) * checkpoint.dtype.itemsize)
+
+
+class _Text(NamedTuple):
+    """An output with its prompt: `tokens[start:]` were chosen by `state`."""
+
+    tokens: list[int]
+    start: int
+    state: SamplingState
+
+
+class Learner:
+    """Trains one adapter, and hands it over when it is better than the one in use.
+
+    Args:
+        built: of the engine that serves.
+        adopt: is given an adapter, ready to draft.
+
+    Attributes:
+        step: how many steps are done, in all its life.
+
+    Raises:
+        ConfigError: the folder holds something else, or cannot be written.
+        TrainingError: a file in the folder is damaged.
+    """
+
+    def __init__(self, config: EngineConfig, built: Build, adopt: Callable[[S3DAdapter], None]) -> None:
+        assert config.learn is not None
+        self._folder = Path(os.path.expanduser(config.learn))
+        self._built, self._adopt, self._options = built, adopt, TrainOptions()
+        self._device = built.runner.pool.keys.device
+        self._model = self._teacher(config)
+        self._quantised = config.quantization != "none"
+        self._adapter, self._serving = self._adapters()
+        self._is_new = self._serving is None
+        self._optimizer = torch.optim.AdamW(self._adapter.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+        self._texts: deque[_Text] = deque(maxlen=TEXTS)
+        self._held_out: deque[_Text] = deque(maxlen=HELD_OUT)
+        self._heard = 0
+        self._random = random.Random(self._options.seed)
+        self._generator = torch.Generator().manual_seed(self._options.seed)
+        self.step = self._last_new = 0
+        self._seconds, self._saved = 0.0, time.monotonic()
+        self._recipe: dict[str, Any] = {**asdict(self._adapter.config), "model": fingerprint(built.checkpoint)}
+        self._resume()
+        self._pieces = self._learn()
+
+    def hear(self, sequence: Sequence, state: SamplingState) -> None:
+        """Take a sequence that has ended for a text to learn from, or to judge by."""
+        if sequence.num_output == 0 or len(sequence.tokens) < SHORTEST:
+            return
+        self._heard += 1
+        text = _Text(list(sequence.tokens), sequence.prompt_len, state)
+        (self._held_out if self._heard % HOLD_OUT_EVERY == 0 else self._texts).append(text)
+        self._last_new = self.step
+
+    def work(self) -> bool:
+        """Do a piece of a few hundredths of a second; False if there is nothing to do."""
+        if len(self._texts) < FEWEST_TEXTS or not self._held_out or self.step - self._last_new >= REST_AFTER:
+            return False
+        began = time.perf_counter()
+        next(self._pieces)
+        self._seconds += time.perf_counter() - began
+        return True
+
+    # --- the pieces; each yields where a request may come in between ---
+
+    def _learn(self) -> Iterator[None]:
+        while True:
+            yield from self._train_step()
+            if self.step % EVALUATE_EVERY == 0:
+                yield from self._compare()
+            if time.monotonic() - self._saved >= SAVE_SECONDS:
+                self._save()
+                yield
+
+    def _train_step(self) -> Iterator[None]:
+        self._optimizer.zero_grad()
+        loss = 0.0
+        for text in self._random.sample(list(self._texts), BATCH):
+            tokens = torch.tensor([self._window(text)], device=self._device)
+            teaching = teach(self._model, self._adapter, tokens)
+            yield
+            anchors = min(ANCHORS, tokens.shape[1] - self._adapter.config.num_speculative_tokens)
+            for _ in range(PARTS):
+                with torch.enable_grad():
+                    part = taught_loss(
+                        self._model, self._adapter, teaching, anchors, self._tv_share(), self._generator
+                    ) / (BATCH * PARTS)
+                    part.backward()  # type: ignore[no-untyped-call]
+                loss += part.item()
+                yield
+        norm = torch.nn.utils.clip_grad_norm_(self._adapter.parameters(), LARGEST_NORM)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        if norm.isfinite():  # a text that makes the model overflow teaches nothing
+            self._optimizer.step()
+        self.step += 1
+        yield
+
+    def _compare(self) -> Iterator[None]:
+        """Hold the adapter against the one that drafts, and let it draft if it is better."""
+        texts = list(self._held_out)
+        old = 1.0 if self._serving is None else (yield from self._tokens_per_step(self._serving, texts))
+        new = yield from self._tokens_per_step(self._adapter, texts)
+        adopted = new > MARGIN * old
+        if adopted:
+            yield from self._hand_over()
+            logger.info("learnt: %.2f tokens per step on texts held out, %.2f before (step %d)", new, old, self.step)
+        line = {"step": self.step, "seconds": round(self._seconds, 3), "serving": old, "learning": new}
+        append_progress(self._folder, {**line, "adopted": adopted})
+
+    def _tokens_per_step(self, adapter: S3DAdapter, texts: list[_Text]) -> Generator[None, None, float]:
+        """Along the decode of some texts, their last LENGTH tokens each."""
+        accepted: list[int] = []
+        for text in texts:
+            cut = max(0, len(text.tokens) - LENGTH)
+            start = max(1, text.start - cut)
+            tokens = text.tokens[cut:]
+            for count in accepted_counts(self._model, adapter, tokens, start, text.state, places=PLACES, cut=cut):
+                accepted.append(count)
+                if len(accepted) % PLACES == 0:
+                    yield
+            yield
+        return 1.0 + sum(accepted) / max(1, len(accepted))
+
+    def _hand_over(self) -> Iterator[None]:
+        drafting = copy.deepcopy(self._adapter).requires_grad_(False).eval().to(self._built.runner.pool.keys.dtype)
+        if self._model is not self._built.runner.model and not self._quantised:
+            for layer in drafting.kept:
+                drafting.fold(self._model, layer)
+                yield
+        self._serving = copy.deepcopy(self._adapter)
+        self._adopt(drafting)
+        save_adapter(self._folder, self._adapter, self._built.checkpoint, {"learnt_steps": self.step})
+        self._save()
+
+    # --- what they are made of ---
+
+    def _teacher(self, config: EngineConfig) -> CausalLM:
+        if self._device.type == "cuda":
+            return self._built.runner.model
+        return load_base(self._built.checkpoint, config, LENGTH)
+
+    def _adapters(self) -> tuple[S3DAdapter, S3DAdapter | None]:
+        """The one that learns, in float32, and a copy of it if it drafts already."""
+        base, found = self._built.checkpoint.config, self._built.adapter
+        shape = fresh_shape(self._built.checkpoint) if found is None else found.config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._options.seed)
+            adapter = S3DAdapter(shape, base).to(self._device)
+        if found is None:
+            return adapter, None
+        adapter.load_state_dict(found.state_dict())
+        return adapter, copy.deepcopy(adapter)
+
+    def _window(self, text: _Text) -> list[int]:
+        """At most LENGTH tokens of a text, from anywhere in it."""
+        first = self._random.randint(0, max(0, len(text.tokens) - LENGTH))
+        return text.tokens[first : first + LENGTH]
+
+    def _learning_rate(self) -> float:
+        period, step = divmod(self.step, PERIOD)
+        peak = 1.0 if self._is_new and period == 0 else LATER_PEAK
+        return self._options.learning_rate * peak * share_of_rate(step, PERIOD)
+
+    def _tv_share(self) -> float:
+        return 0.0 if self._is_new and self.step < TV_FROM else self._options.tv_share
+
+    def _save(self) -> None:
+        about = {"recipe": self._recipe, "seconds": self._seconds, "is_new": self._is_new}
+        save_tensors(self._folder / CHECKPOINT, training_state(self._adapter, self._optimizer, self.step), about)
+        self._saved = time.monotonic()
+
+    def _resume(self) -> None:
+        """Go on from the folder's checkpoint, if it has one, and see that another can be written."""
+        path = self._folder / CHECKPOINT
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"--learn cannot write to {self._folder}: {error.strerror}.") from error
+        if not path.exists():
+            return
+        state, about = load_tensors(path)
+        check_recipe(path, about.get("recipe"), self._recipe)
+        try:
+            self.step = self._last_new = load_training_state(self._adapter, self._optimizer, state)
+            self._seconds, self._is_new = about["seconds"], about["is_new"]
+        except (KeyError, RuntimeError) as error:
+            raise TrainingError(f"{path} cannot be used: {error}. Remove it to begin anew.") from error
+        read_progress(self._folder, self.step)

@@ -1,0 +1,215 @@
+"""The adapter that learns while serving: it gets better, disturbs nothing, keeps no text and survives a restart."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from support_engine import run_dry, tokens_of, write_adapter, write_checkpoint
+
+from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
+from skippy.engine import learning as learning_module
+from skippy.engine.drafters.s3d import S3DDrafter
+from skippy.engine.errors import TrainingError
+from skippy.engine.learning import FEWEST_TEXTS, HOLD_OUT_EVERY, Learner
+from skippy.engine.training.files import CHECKPOINT
+
+PARAMS = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("bare"), num_hidden_layers=4)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("BATCH", 2), ("EVALUATE_EVERY", 4), ("ANCHORS", 8), ("PERIOD", 40), ("TV_FROM", 10)):
+        monkeypatch.setattr(learning_module, name, value)
+
+
+def learning(model: Path, folder: Path, **changes: Any) -> Engine:
+    config = {"model": str(model), "device": "cpu", "dtype": "float32", "num_threads": 1, "learn": str(folder)}
+    return Engine(EngineConfig(**{**config, **changes}))
+
+
+def serve(engine: Engine, count: int, first: int = 0, drafter: str = "s3d", **changes: Any) -> dict[str, list[int]]:
+    params = SamplingParams(**{"max_tokens": 32, "temperature": 0.0, "ignore_eos": True, "seed": 7, **changes})
+    requests = [
+        Request(str(i), (3 + i % 90, 5 + i % 7, 9, 40 + i % 50), params, drafter=drafter)
+        for i in range(first, first + count)
+    ]
+    return {name: tokens for (name, _), tokens in tokens_of(run_dry(engine, requests)).items()}
+
+
+def learner_of(engine: Engine) -> Learner:
+    assert engine._learner is not None
+    return engine._learner
+
+
+def learn(engine: Engine, until: Callable[[], bool], most: int = 20_000) -> None:
+    for _ in range(most):
+        if until():
+            return
+        assert engine.learn()
+    raise AssertionError("it never came to that")
+
+
+def progress(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+
+
+def test_it_gets_better_and_drafts_and_what_is_said_stays_the_same(bare: Path, tmp_path: Path) -> None:
+    plain = serve(learning(bare, tmp_path / "none"), 24, drafter="none")
+    engine = learning(bare, tmp_path / "a")
+    assert {"s3d", "hybrid"} <= set(engine.info.drafters)
+    assert serve(engine, 24) == plain
+    learn(engine, (tmp_path / "a" / "adapter.json").exists)
+    assert isinstance(engine.drafting.drafters["s3d"], S3DDrafter)
+    learn(engine, lambda: learner_of(engine).step >= 60)
+    last = [line for line in progress(tmp_path / "a") if line["adopted"]][-1]
+    assert last["learning"] > 1.1
+    assert serve(engine, 24) == plain
+    counts = run_dry(engine, [Request("x", (3, 5, 9, 40), PARAMS, drafter="s3d", num_speculative_tokens=6)])
+    assert counts["x", 0][-1].counts.accepted > 0
+
+
+def test_an_adapter_taken_up_in_the_middle_of_a_text_changes_nothing_of_it(bare: Path, tmp_path: Path) -> None:
+    engine = learning(bare, tmp_path)
+    params = SamplingParams(max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)
+    expected = serve(learning(bare, tmp_path / "other"), 3, drafter="none", max_tokens=40, temperature=1.0, seed=3)
+    serve(engine, 24)
+    for i in range(3):
+        prompt = (3 + i % 90, 5 + i % 7, 9, 40 + i % 50)
+        engine.add(Request(str(i), prompt, params, drafter=("s3d", "hybrid", "s3d")[i], num_speculative_tokens=4))
+    learner = learner_of(engine)
+    found: dict[str, list[int]] = {str(i): [] for i in range(3)}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            found[output.request_id] += output.token_ids
+        for _ in learner._hand_over():
+            pass
+    assert found == expected
+    engine.check()
+
+
+def test_nothing_is_learnt_before_there_are_texts_to_learn_from_and_to_judge_by(bare: Path, tmp_path: Path) -> None:
+    engine = learning(bare, tmp_path)
+    assert not engine.learn()
+    serve(engine, FEWEST_TEXTS)
+    assert not engine.learn()
+    serve(engine, HOLD_OUT_EVERY, first=FEWEST_TEXTS)
+    assert engine.learn()
+
+
+def test_without_new_texts_it_rests(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning_module, "REST_AFTER", 3)
+    engine = learning(bare, tmp_path)
+    serve(engine, 24)
+    while engine.learn():
+        pass
+    assert learner_of(engine).step == 3
+    serve(engine, 1, first=50)
+    assert engine.learn()
+
+
+def test_no_text_is_written(bare: Path, tmp_path: Path) -> None:
+    engine = learning(bare, tmp_path)
+    serve(engine, 24)
+    learn(engine, lambda: learner_of(engine).step >= 9)
+    learner_of(engine)._save()
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files <= {"adapter.json", "adapter.safetensors", "checkpoint.safetensors", "progress.jsonl"}
+    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+        kinds = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (no mapping)
+    assert kinds <= {"step", "adapter", "exp_avg", "exp_avg_sq"}
+
+
+def test_it_goes_on_after_a_restart(bare: Path, tmp_path: Path) -> None:
+    engine = learning(bare, tmp_path)
+    serve(engine, 24)
+    learn(engine, (tmp_path / "adapter.json").exists)
+    learner_of(engine)._save()
+    step = learner_of(engine).step
+    again = learning(bare, tmp_path)
+    assert isinstance(again.drafting.drafters["s3d"], S3DDrafter), "what was learnt drafts from the start"
+    assert learner_of(again).step == step
+    for name, tensor in learner_of(engine)._adapter.state_dict().items():
+        assert torch.equal(tensor, learner_of(again)._adapter.state_dict()[name]), name
+
+
+def test_only_a_better_adapter_is_taken(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning_module, "MARGIN", 100.0)
+    engine = learning(bare, tmp_path)
+    serve(engine, 24)
+    learn(engine, lambda: learner_of(engine).step >= 8)
+    assert [line["adopted"] for line in progress(tmp_path)] == [False]
+    assert not isinstance(engine.drafting.drafters["s3d"], S3DDrafter)
+    assert not (tmp_path / "adapter.json").exists()
+
+
+def test_it_begins_with_the_adapter_that_there_is(bare: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(bare, tmp_path / "given", seed=3, num_speculative_tokens=4)
+    engine = learning(bare, tmp_path / "learnt", adapter=str(adapter))
+    drafting = engine.drafting.drafters["s3d"]
+    assert isinstance(drafting, S3DDrafter)
+    for name, tensor in learner_of(engine)._adapter.state_dict().items():
+        assert torch.equal(tensor, drafting.adapter.state_dict()[name]), name
+    assert learner_of(engine)._learning_rate() < 8e-3 * learning_module.LATER_PEAK
+
+
+@pytest.mark.parametrize("changes", [{"quantization": "nf4"}, {"dtype": "bfloat16"}, {"share_drafts": False}])
+def test_it_learns_for_every_kind_of_base(bare: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    engine = learning(bare, tmp_path, **changes)
+    plain = serve(engine, 24, drafter="none")
+    learn(engine, lambda: learner_of(engine).step >= 5)
+    for _ in learner_of(engine)._hand_over():
+        pass
+    assert serve(engine, 24, drafter="hybrid") == plain
+
+
+def test_a_failure_ends_the_learning_and_not_the_serving(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = learning(bare, tmp_path)
+    plain = serve(engine, 24)
+
+    def fail(*_: object) -> None:
+        raise TrainingError("the disk is full")
+
+    monkeypatch.setattr(learning_module, "append_progress", fail)
+    with caplog.at_level(logging.ERROR):
+        while engine.learn():
+            pass
+    assert "learning ends here; serving goes on" in caplog.text
+    assert not engine.learn()
+    assert serve(engine, 24) == plain
+
+
+class TestMistakes:
+    def test_a_folder_that_cannot_be_written(self, bare: Path) -> None:
+        with pytest.raises(ConfigError, match=r"--learn cannot write to /dev/null/x"):
+            learning(bare, Path("/dev/null/x"))
+
+    def test_what_another_model_learnt(self, bare: Path, tmp_path: Path) -> None:
+        engine = learning(bare, tmp_path)
+        learner_of(engine)._save()
+        other = write_checkpoint(tmp_path / "model", num_hidden_layers=5)
+        with pytest.raises(ConfigError, match="was made with another"):
+            learning(other, tmp_path)
+
+    def test_two_adapters_to_begin_with(self, bare: Path, tmp_path: Path) -> None:
+        folder = write_adapter(bare, tmp_path / "a")
+        with pytest.raises(ConfigError, match="leave --adapter out"):
+            learning(bare, folder, adapter=str(write_adapter(bare, tmp_path / "b")))
+
+    def test_a_fused_adapter(self, bare: Path, tmp_path: Path) -> None:
+        fused = write_adapter(bare, tmp_path / "fused", fused=True, skip_start=0, skip_end=0, bridge_rank=0)
+        with pytest.raises(ConfigError, match="fused adapter cannot learn"):
+            learning(bare, tmp_path / "learnt", adapter=str(fused))
