@@ -215,7 +215,8 @@ class S3DAdapter(nn.Module):
     def fold(self, model: CausalLM, layer: int) -> None:
         """Give a layer, if a draft pass keeps it, matrices of its own for that pass, LoRA included.
 
-        For a CPU, where memory is cheap and operations are dear. The layer must not be packed yet.
+        For a CPU, where memory is cheap and operations are dear. They are of the adapter's type. The layer must not
+        be packed yet.
         """
         for (at, part), low_rank in self._lora.items():
             if at != layer:
@@ -223,7 +224,8 @@ class S3DAdapter(nn.Module):
             weight, bias = model.product_parameters(layer, part)
             changed = weight.float() + (low_rank.a @ low_rank.b).t().float()
             # Rounded to float16, which the fastest kernel takes; a draft need not be exact.
-            self.folded[layer, part] = RowLinear(changed.half().to(weight.dtype), bias)
+            dtype = self.masks.dtype
+            self.folded[layer, part] = RowLinear(changed.half().to(dtype), None if bias is None else bias.to(dtype))
 
     def _low_rank(self, layer: int, part: str) -> LowRank:
         module = self.lora[f"{layer}_{part}"]

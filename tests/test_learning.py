@@ -164,7 +164,9 @@ def test_it_begins_with_the_adapter_that_there_is(bare: Path, tmp_path: Path) ->
     assert learner_of(engine)._learning_rate() < 8e-3 * learning_module.LATER_PEAK
 
 
-@pytest.mark.parametrize("changes", [{"quantization": "nf4"}, {"dtype": "bfloat16"}, {"share_drafts": False}])
+@pytest.mark.parametrize(
+    "changes", [{"quantization": "nf4"}, {"dtype": "bfloat16"}, {"dtype": "auto"}, {"share_drafts": False}]
+)
 def test_it_learns_for_every_kind_of_base(bare: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     engine = learning(bare, tmp_path, **changes)
     plain = serve(engine, 24, drafter="none")

@@ -34,6 +34,7 @@ from skippy.engine.adapter_files import BESIDE_MODEL
 from skippy.engine.bench import decode, encode_prompts
 from skippy.engine.hub import find_model
 
+NAME = "replayed"
 MAX_TOKENS = 128
 TEMPERATURES = (0.0, 0.8)
 READY_SECONDS = 60.0
@@ -55,7 +56,8 @@ def server(*flags: str) -> Iterator[httpx.Client]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "skippy.server.cli", "serve", *flags, "--port", str(port)])
+    command = [sys.executable, "-m", "skippy.server.cli", "serve", *flags, "--port", str(port)]
+    process = subprocess.Popen([*command, "--served-model-name", NAME])
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as http:
             began = time.monotonic()
@@ -80,7 +82,7 @@ def replay(http: httpx.Client, prompts: list[str], minutes: float, busy: float) 
     number = 0
     while time.monotonic() - began < 60 * minutes:
         body = {
-            "model": "m",
+            "model": NAME,
             "prompt": prompts[number % len(prompts)],
             "max_tokens": MAX_TOKENS,
             "temperature": TEMPERATURES[number // len(prompts) % 2] if number % 3 else TEMPERATURES[number % 2],
