@@ -180,6 +180,9 @@ class Drafting:
             ]
             if not work or any(w.lookahead < w.riders for w in work):
                 continue  # nobody asked, or the step before let fewer masks ride
+            drafter = self.drafters[name]
+            if isinstance(drafter, HybridDrafter) and self._granted[name]:
+                drafter.time(stats.draft_seconds, stats.verify_seconds)
             width = round(sum(min(w.lookahead, self._granted[name]) for w in work) / len(work))
             accepted = [w.sequence.last_accepted for w in work]
             seconds = stats.draft_seconds + stats.verify_seconds

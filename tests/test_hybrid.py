@@ -117,6 +117,18 @@ def test_a_lookup_that_saves_a_pass_may_promise_less() -> None:
         assert (hybrid.propose([repeating], [4])[0][:2] == [7, 8]) == taken
 
 
+def test_what_a_pass_costs_is_timed() -> None:
+    repeating, other = sequence(*REPEATING), sequence(5, 6, 7)
+    hybrid = HybridDrafter(SuffixDrafter(None), Told(), draft_cost=0.1)
+    for _ in range(100):
+        hybrid.propose([other], [4])
+        other.last_accepted = 2
+    assert hybrid.propose([repeating], [4]) == [[90]]
+    for _ in range(100):
+        hybrid.time(draft_seconds=2.0, verify_seconds=1.0)
+    assert hybrid.propose([sequence(*REPEATING)], [4])[0][:2] == [7, 8]
+
+
 def test_the_controller_limits_what_is_not_looked_up() -> None:
     repeating = sequence(*REPEATING, adaptive=True)
     other, fixed = sequence(5, 6, 7, adaptive=True), sequence(5, 6, 7)

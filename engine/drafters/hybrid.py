@@ -12,6 +12,9 @@ from skippy.engine.sequence import Sequence
 DECAY = 0.98
 """What the other drafter's last draft leaves of what its drafts came to before."""
 
+COST_SHARE = 0.05
+"""How far one step moves what drafts are found to cost."""
+
 
 class HybridDrafter:
     """Looks up first, which costs no pass, and asks another drafter where that promises less.
@@ -20,7 +23,7 @@ class HybridDrafter:
     time it takes, than those of the steps with the other's drafts lately.
 
     Args:
-        draft_cost: what a draft of the other's takes, in verify passes.
+        draft_cost: what a draft of the other's takes, in verify passes, until it is timed.
 
     Attributes:
         free_width: the most tokens of a draft that costs nothing but its rows; 0 if the other's cost no more.
@@ -57,6 +60,10 @@ class HybridDrafter:
         for drafter in self.parts:
             if isinstance(drafter, Keeper):
                 drafter.forget()
+
+    def time(self, draft_seconds: float, verify_seconds: float) -> None:
+        """What the other's drafts took in a step, and the verify pass."""
+        self._draft_cost += COST_SHARE * (draft_seconds / verify_seconds - self._draft_cost)
 
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         self._learn(sequences)
