@@ -13,7 +13,7 @@ if __name__ != "skippy.engine":
     raise ImportError(f"import this package as 'skippy.engine', not as {__name__!r}")
 
 from skippy.engine.admission import check_request
-from skippy.engine.config import BUILTIN_MODEL, EngineConfig
+from skippy.engine.config import BUILTIN_MODEL, Device, Dtype, EngineConfig, Quantization
 from skippy.engine.errors import CheckpointError, ConfigError, EngineDead, InvalidRequest, SkippyError
 from skippy.engine.prompts import read_prompts
 from skippy.engine.tokenizer import Tokenizer
@@ -41,13 +41,16 @@ __all__ = [
     "BenchOptions",
     "CheckpointError",
     "ConfigError",
+    "Device",
     "DraftCounts",
+    "Dtype",
     "Engine",
     "EngineConfig",
     "EngineDead",
     "EngineInfo",
     "InvalidRequest",
     "PlanOptions",
+    "Quantization",
     "Request",
     "SamplingParams",
     "SequenceOutput",

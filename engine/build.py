@@ -95,7 +95,8 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
     if eagle is not None:
         of_head = eagle.config.layer
         block_bytes += 2 * config.block_size * of_head.num_key_value_heads * of_head.head_dim * dtype.itemsize
-    num_blocks = _num_blocks(config, wanted_len, block_bytes, device)
+    reserve = _learning_bytes(checkpoint, device) if config.learn is not None else 0
+    num_blocks = _num_blocks(config, wanted_len, block_bytes, device, reserve)
     max_model_len = min(wanted_len, num_blocks * config.block_size)
     if config.max_model_len is not None and max_model_len < wanted_len:
         raise ConfigError(
@@ -193,17 +194,25 @@ def cpu_cache_bytes(longest: int, available: int) -> int:
     return max(CPU_KV_BYTES, min(longest, available // 2))
 
 
-def _num_blocks(config: EngineConfig, max_len: int, block_bytes: int, device: torch.device) -> int:
-    """Blocks within the memory allowed, but no more than max_num_seqs full sequences can use."""
+def _learning_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
+    """What `learning` takes beside the engine: on a CPU a copy of the model, and copies and moments of an adapter."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in CausalLM(checkpoint.config, 1).parameters())
+    # An adapter is a tenth of the model at most; it is there four times in float32.
+    return (2 * parameters if device.type == "cpu" else 0) + 16 * parameters // 10
+
+
+def _num_blocks(config: EngineConfig, max_len: int, block_bytes: int, device: torch.device, reserve: int) -> int:
+    """Blocks within the memory allowed, less a reserve, but no more than max_num_seqs full sequences can use."""
     usable = config.max_num_seqs * -(-max_len // config.block_size)
     if config.kv_cache_memory_bytes is not None:
         budget = config.kv_cache_memory_bytes
     elif device.type == "cpu":
         longest = (-(-max_len // config.block_size) + 1) * block_bytes
-        budget = cpu_cache_bytes(longest, available_bytes())
+        budget = cpu_cache_bytes(longest, max(0, available_bytes() - reserve))
     else:
         free, total = torch.cuda.mem_get_info(device)
-        budget = int(free - (1.0 - config.gpu_memory_utilization) * total) - CUDA_RESERVE_BYTES
+        budget = int(free - (1.0 - config.gpu_memory_utilization) * total) - CUDA_RESERVE_BYTES - reserve
     blocks = min(usable, budget // block_bytes - 1)  # one more block takes what padding rows write
     if blocks < 1:
         raise ConfigError(

@@ -12,6 +12,8 @@ BUILTIN_MODEL = "builtin"
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
+NF4_BLOCK = 64
+"""Weights that share a scale in nf4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,5 +64,15 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
                 f"({self.max_num_seqs}): every running sequence needs a row per step."
             )
+        if self.learn is not None:
+            self._check_learning()
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
+
+    def _check_learning(self) -> None:
+        if self.drafter not in ("auto", "s3d", "hybrid"):
+            raise ConfigError(f"learn trains an adapter, which the drafter {self.drafter} does not use.")
+        if self.tuned_plan is not None:
+            raise ConfigError("learn changes what tuned_plan is about: leave one of them out.")
+        if not self.share_drafts:
+            raise ConfigError("what is learnt from one request drafts for others: learn needs share_drafts.")

@@ -106,6 +106,11 @@ class Controller:
         self._others = DECAY * self._others + (1.0 - DECAY) * others / batch
         self._times_of(batch).observe(width, seconds / batch)
 
+    def renewed(self) -> Controller:
+        """One that begins with what this one knows of times, for drafts of which other shares are accepted."""
+        seconds = {batch: times.seconds for batch, times in self._times.items()}
+        return Controller(self.most, Prior(seconds=seconds, acceptance=()))
+
     def _times_of(self, batch: int) -> _Times:
         key = batch_class(batch)
         if key not in self._times:
@@ -158,7 +163,7 @@ class _Times:
 
     def __init__(self, widths: Sequence[int], known: Mapping[int, float]) -> None:
         self._widths = widths
-        self._seconds = {width: known[width] for width in widths if width in known}
+        self.seconds = {width: known[width] for width in widths if width in known}
         self._counts = {width: PRIOR_MEASUREMENTS * (width in known) for width in widths}
         self._clock = self._drafted_at = 0.0
         self._seen_at = dict.fromkeys(widths, 0.0)
@@ -196,21 +201,21 @@ class _Times:
             self._look = None
 
     def _learn(self, width: int, seconds: float, count: int) -> None:
-        old = _interpolate(self._seconds, width) if width in self._seconds else seconds
+        old = _interpolate(self.seconds, width) if width in self.seconds else seconds
         if count <= 2:
-            self._seconds[width] = min(old, seconds)
+            self.seconds[width] = min(old, seconds)
             return
         new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED)
         if count >= SETTLED and width == self._best:
-            for other in self._seconds:
-                self._seconds[other] *= (new / old) ** TOGETHER
-        self._seconds[width] = new
+            for other in self.seconds:
+                self.seconds[other] *= (new / old) ** TOGETHER
+        self.seconds[width] = new
 
     def _due(self, tokens: Sequence[float]) -> int | None:
         """Find the best width, and whether to look at another one before granting it."""
-        if not self._seconds:
+        if not self.seconds:
             return None
-        seconds = {width: _interpolate(self._seconds, width) for width in self._widths}
+        seconds = {width: _interpolate(self.seconds, width) for width in self._widths}
         rates = {width: tokens[width] / seconds[width] for width in self._widths}
         best = max(rates, key=lambda width: rates[width])
         if rates[best] > MARGIN * rates[self._best]:

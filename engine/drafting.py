@@ -65,6 +65,8 @@ class Drafting:
         self._built, self._states = built, states
         self.drafters: dict[str, Drafter] = {}
         self._shared = SharedOutputs() if share else None
+        self._lookup = SuffixDrafter(self._shared)
+        """Of whichever hybrid there is."""
         known: list[Drafter] = [NoDrafter(), NgramDrafter(), SuffixDrafter(self._shared)]
         if share:  # what is recycled has no owner
             known.append(RecyclingDrafter(built.checkpoint.vocab_size, states))
@@ -92,10 +94,14 @@ class Drafting:
 
     def adopt(self, adapter: S3DAdapter) -> None:
         """Draft with another adapter, of the separate kind, from the next step on."""
+        is_first = isinstance(self.drafters[S3DDrafter.name], _NotLearnt)
         for drafter in self._of_adapter(adapter):
             self.add(drafter)
-            # How often a draft is accepted, and maybe how long it takes, is not what it was.
-            self._controllers[drafter.name] = Controller(adapter.config.num_speculative_tokens)
+            # Drafts take as long as those of the adapter before, if there was one; more of them are accepted.
+            known = self._controllers[drafter.name]
+            self._controllers[drafter.name] = (
+                Controller(adapter.config.num_speculative_tokens) if is_first else known.renewed()
+            )
 
     def choose(self, wanted: str, model: str) -> str:
         """The drafter of requests that name none.
@@ -182,7 +188,7 @@ class Drafting:
                 continue  # nobody asked, or the step before let fewer masks ride
             drafter = self.drafters[name]
             if isinstance(drafter, HybridDrafter) and self._granted[name]:
-                drafter.time(stats.draft_seconds, stats.verify_seconds)
+                drafter.time(stats.verify_seconds)
             width = round(sum(min(w.lookahead, self._granted[name]) for w in work) / len(work))
             accepted = [w.sequence.last_accepted for w in work]
             seconds = stats.draft_seconds + stats.verify_seconds
@@ -203,7 +209,7 @@ class Drafting:
     # Those within a hybrid are its own: drafters learn from their own sequences.
 
     def _of_adapter(self, adapter: S3DAdapter) -> list[Drafter]:
-        runner, lookup = self._built.runner, SuffixDrafter(self._shared)
+        runner, lookup = self._built.runner, self._lookup
         if adapter.config.fused:
             fused = S3DFusedDrafter(runner, adapter, self._states)
             # Masks ride before anybody knows what a lookup will find.
@@ -216,13 +222,10 @@ class Drafting:
         model = self._built.runner.model
         alone, within = (Eagle3Drafter(head, model, cache, self._states) for _ in range(2))
         cost = eagle3.MAX_DRAFT / self._built.checkpoint.config.num_hidden_layers
-        return [alone, HybridDrafter(SuffixDrafter(self._shared), within, draft_cost=cost)]
+        return [alone, HybridDrafter(self._lookup, within, draft_cost=cost)]
 
     def _without_adapter(self) -> HybridDrafter:
-        lookup = SuffixDrafter(self._shared)
-        if self._shared is None:
-            return HybridDrafter(lookup, NoDrafter())
-        return HybridDrafter(lookup, RecyclingDrafter(self._built.checkpoint.vocab_size, self._states))
+        return HybridDrafter(self._lookup, RecyclingDrafter(self._built.checkpoint.vocab_size, self._states))
 
     def _free_width(self, name: str) -> int:
         drafter = self.drafters[name]

@@ -88,7 +88,7 @@ class Engine:
         )
         self._default_drafter = self.drafting.choose(config.drafter, str(built.checkpoint.path))
         if config.drafter == "auto":
-            has_adapter = built.adapter is not None or built.eagle is not None
+            has_adapter = learns or built.adapter is not None or built.eagle is not None
             logger.info(describe_choice(self._default_drafter, has_adapter, config.model, self._describe_training))
         self._learner = _learner(config, built, self.drafting) if learns else None
         self.info = self._describe()
@@ -317,8 +317,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         self.drafting.release(sequence)
-        if self._learner and reason in ("stop", "length"):
-            self._learner.hear(sequence, self.states[sequence])
+        if self._learner and reason != "error":
+            self._learner.hear(sequence)
         self._scheduler.remove(sequence)
         del self.states[sequence]
         siblings = self._sequences[sequence.request.request_id]
@@ -374,7 +374,10 @@ class Engine:
         from skippy.engine.training.here import describe_training  # noqa: PLC0415
 
         base, device = self._checkpoint, self.runner.pool.keys.device
-        return describe_training(base.config, base.dtype, self._config.quantization, device)
+        try:
+            return describe_training(base.config, base.dtype, self._config.quantization, device)
+        except RuntimeError as error:  # the memory may be gone already, and a log line is no reason not to serve
+            return f"how long that takes cannot be measured ({str(error).splitlines()[0]})"
 
     def _describe(self) -> EngineInfo:
         pool, checkpoint = self.runner.pool, self._checkpoint

@@ -1,10 +1,12 @@
 """`--learn`: the adapter learns from what is served, in the gaps between requests.
 
-All of it happens in the engine's own thread, a small piece at a time and only when nothing is
-to be served: a request that comes waits for the piece at hand, and for nothing else. Texts are
-kept in memory alone, the latest ones; what is written is an adapter and where its training
-stands. One text in eight is held out; from time to time the adapter that learns is held against
-the one that drafts, on those, and takes its place if it is better. Output does not depend on it.
+All of it happens in the engine's own thread, a piece at a time and only when nothing is to be
+served: a request that comes waits for the piece at hand, and for nothing else. The longest piece
+is a teacher pass over LENGTH tokens or the writing of a checkpoint: hundredths of a second for
+the built-in model, more for a large one. Texts are kept in memory alone, the latest ones; what
+is written is an adapter and where its training stands. The texts of one prompt in eight are held
+out; from time to time the adapter that learns is held against the one that drafts, on those, and
+takes its place if it is better. Output does not depend on it.
 
 On a GPU the model that serves also teaches. On a CPU its matrices are packed in a way that no
 gradient goes through, so a copy in bfloat16 teaches.
@@ -13,14 +15,16 @@ gradient goes through, so a copy in bfloat16 teaches.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import random
+import statistics
 import tempfile
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,14 +38,7 @@ from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.model import CausalLM
 from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
-from skippy.engine.training.files import (
-    CHECKPOINT,
-    append_progress,
-    check_recipe,
-    load_tensors,
-    read_progress,
-    save_tensors,
-)
+from skippy.engine.training.files import check_recipe, load_tensors, save_tensors
 from skippy.engine.training.options import TrainOptions, num_parameters
 from skippy.engine.training.passes import teach
 from skippy.engine.training.run import load_base
@@ -53,20 +50,28 @@ from skippy.engine.training.trainer import (
     training_state,
 )
 from skippy.engine.training.walk import accepted_counts
+from skippy.engine.types import SamplingParams
 from skippy.engine.weights import Checkpoint
 
-TEXTS = 512
-"""The latest texts to learn from that are kept."""
+CHECKPOINT, PROGRESS = "learning.safetensors", "learning.jsonl"
+"""Beside the adapter."""
+TEXTS, KEPT = 512, 1024
+"""The latest texts to learn from that are kept, and how many tokens of each."""
 HELD_OUT = 32
 HOLD_OUT_EVERY = 8
 FEWEST_TEXTS = 16
 """Before it begins."""
-LENGTH = 256
+LENGTH = 192
 """Tokens of a text that are learnt from at a time."""
 SHORTEST = 24
+"""Tokens of a text that is learnt from."""
+FEWEST_HELD_OUT = 4
+"""Before adapters are compared."""
+PROMPTS = 4096
+"""The latest prompts of which is known whether they are held out."""
 BATCH = 8
 """Texts per step."""
-PARTS, ANCHORS = 2, 24
+PARTS, ANCHORS = 4, 12
 """Pieces that the draft rows of a text are parted into, and places drafted from in each."""
 PLACES = 16
 """Drafted from at a time where the adapters are compared."""
@@ -76,12 +81,20 @@ LATER_PEAK = 0.25
 """Of all peaks but the first."""
 TV_FROM = PERIOD // 4
 """The step from which total variation counts; before, drafts are mostly wrong, and it has no slope."""
-EVALUATE_EVERY = 25
+COMPARE_EVERY = 25
+"""Steps between two comparisons."""
 MARGIN = 1.01
-"""The tokens per step must be so many times as many to change the adapter."""
+"""Tokens per step must be so many times as many to change the adapter, and more by a standard error."""
 REST_AFTER = PERIOD
 """Steps without a new text after which nothing more is learnt."""
 SAVE_SECONDS = 60.0
+_PLAIN: dict[str, Any] = {
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "logit_bias": {},
+    "min_tokens": 0,
+}
 
 logger = logging.getLogger("skippy.engine")
 
@@ -96,11 +109,26 @@ def fresh_shape(checkpoint: Checkpoint) -> AdapterConfig:
 
 
 class _Text(NamedTuple):
-    """An output with its prompt: `tokens[start:]` were chosen by `state`."""
+    """The end of an output with its prompt, KEPT tokens at most: `tokens[start:]` were chosen."""
 
     tokens: list[int]
     start: int
-    state: SamplingState
+    cut: int
+    """How many tokens went before."""
+    params: SamplingParams
+    seed: int
+    choice: int
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> _Text:
+        cut = max(0, len(sequence.tokens) - KEPT)
+        start = max(1, sequence.prompt_len - cut)  # a draft wants a token before it
+        return cls(sequence.tokens[cut:], start, cut, sequence.params, sequence.seed, sequence.index)
+
+    def last(self, count: int) -> _Text:
+        """Its last tokens."""
+        more = max(0, len(self.tokens) - count)
+        return self._replace(tokens=self.tokens[more:], start=max(1, self.start - more), cut=self.cut + more)
 
 
 class Learner:
@@ -130,31 +158,39 @@ class Learner:
         self._optimizer = torch.optim.AdamW(self._adapter.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
         self._texts: deque[_Text] = deque(maxlen=TEXTS)
         self._held_out: deque[_Text] = deque(maxlen=HELD_OUT)
-        self._heard = 0
+        self._is_held_out: OrderedDict[int, bool] = OrderedDict()
+        self._prompts = 0
         self._random = random.Random(self._options.seed)
         self._generator = torch.Generator().manual_seed(self._options.seed)
         self.step = self._last_new = 0
-        self._seconds, self._saved = 0.0, time.monotonic()
+        self._seconds, self._longest, self._saved = 0.0, 0.0, time.monotonic()
         self._recipe: dict[str, Any] = {**asdict(self._adapter.config), "model": fingerprint(built.checkpoint)}
         self._resume()
         self._pieces = self._learn()
 
-    def hear(self, sequence: Sequence, state: SamplingState) -> None:
+    def hear(self, sequence: Sequence) -> None:
         """Take a sequence that has ended for a text to learn from, or to judge by."""
-        if sequence.num_output == 0 or len(sequence.tokens) < SHORTEST:
+        if sequence.num_output == 0 or len(sequence.tokens) < SHORTEST + self._adapter.config.num_speculative_tokens:
             return
-        self._heard += 1
-        text = _Text(list(sequence.tokens), sequence.prompt_len, state)
-        (self._held_out if self._heard % HOLD_OUT_EVERY == 0 else self._texts).append(text)
+        prompt = hash(sequence.request.prompt_token_ids)
+        if prompt not in self._is_held_out:
+            self._prompts += 1
+            self._is_held_out[prompt] = self._prompts % HOLD_OUT_EVERY == HOLD_OUT_EVERY // 2
+            if len(self._is_held_out) > PROMPTS:
+                self._is_held_out.popitem(last=False)
+        (self._held_out if self._is_held_out[prompt] else self._texts).append(_Text.of(sequence))
         self._last_new = self.step
 
     def work(self) -> bool:
-        """Do a piece of a few hundredths of a second; False if there is nothing to do."""
-        if len(self._texts) < FEWEST_TEXTS or not self._held_out or self.step - self._last_new >= REST_AFTER:
+        """Do a piece; False if there is nothing to do."""
+        few = len(self._texts) < FEWEST_TEXTS or len(self._held_out) < FEWEST_HELD_OUT
+        if few or self.step - self._last_new >= REST_AFTER:
             return False
         began = time.perf_counter()
         next(self._pieces)
-        self._seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._seconds += seconds
+        self._longest = max(self._longest, seconds)
         return True
 
     # --- the pieces; each yields where a request may come in between ---
@@ -162,7 +198,7 @@ class Learner:
     def _learn(self) -> Iterator[None]:
         while True:
             yield from self._train_step()
-            if self.step % EVALUATE_EVERY == 0:
+            if self.step % COMPARE_EVERY == 0:
                 yield from self._compare()
             if time.monotonic() - self._saved >= SAVE_SECONDS:
                 self._save()
@@ -194,29 +230,45 @@ class Learner:
 
     def _compare(self) -> Iterator[None]:
         """Hold the adapter against the one that drafts, and let it draft if it is better."""
-        texts = list(self._held_out)
-        old = 1.0 if self._serving is None else (yield from self._tokens_per_step(self._serving, texts))
-        new = yield from self._tokens_per_step(self._adapter, texts)
-        adopted = new > MARGIN * old
+        texts = [text.last(LENGTH) for text in self._held_out]
+        old = [1.0] * len(texts) if self._serving is None else (yield from self._walk(self._serving, texts))
+        new = yield from self._walk(self._adapter, texts)
+        gains = [b - a for a, b in zip(old, new, strict=True)]
+        gain, before = statistics.fmean(gains), statistics.fmean(old)
+        adopted = gain > max((MARGIN - 1.0) * before, statistics.stdev(gains) / len(gains) ** 0.5)
         if adopted:
             yield from self._hand_over()
-            logger.info("learnt: %.2f tokens per step on texts held out, %.2f before (step %d)", new, old, self.step)
-        line = {"step": self.step, "seconds": round(self._seconds, 3), "serving": old, "learning": new}
-        append_progress(self._folder, {**line, "adopted": adopted})
+            logger.info(
+                "learnt: %.2f tokens per step on texts held out, %.2f before (step %d)",
+                before + gain,
+                before,
+                self.step,
+            )
+        self._tell({"serving": before, "learning": before + gain, "texts": len(texts), "adopted": adopted})
 
-    def _tokens_per_step(self, adapter: S3DAdapter, texts: list[_Text]) -> Generator[None, None, float]:
-        """Along the decode of some texts, their last LENGTH tokens each."""
-        accepted: list[int] = []
+    def _walk(self, adapter: S3DAdapter, texts: list[_Text]) -> Generator[None, None, list[float]]:
+        """Tokens per step along the decode of each text."""
+        found = []
         for text in texts:
-            cut = max(0, len(text.tokens) - LENGTH)
-            start = max(1, text.start - cut)
-            tokens = text.tokens[cut:]
-            for count in accepted_counts(self._model, adapter, tokens, start, text.state, places=PLACES, cut=cut):
+            # Penalties and bans, which want to know the whole text, are left out for both adapters.
+            params = replace(text.params, **_PLAIN)
+            size = self._built.checkpoint.vocab_size
+            state = SamplingState(params, text.tokens[: text.start], text.seed, text.choice, (), size, self._device)
+            accepted = []
+            walked = accepted_counts(self._model, adapter, text.tokens, text.start, state, places=PLACES, cut=text.cut)
+            for count in walked:
                 accepted.append(count)
-                if len(accepted) % PLACES == 0:
+                if len(accepted) % (PLACES // 2) == 0:
                     yield
+            found.append(1.0 + statistics.fmean(accepted) if accepted else 1.0)
             yield
-        return 1.0 + sum(accepted) / max(1, len(accepted))
+        return found
+
+    def _tell(self, figures: dict[str, Any]) -> None:
+        line = {"step": self.step, "seconds": round(self._seconds, 3), "longest_piece": round(self._longest, 4)}
+        with (self._folder / PROGRESS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, **figures}) + "\n")
+        self._longest = 0.0
 
     def _hand_over(self) -> Iterator[None]:
         drafting = copy.deepcopy(self._adapter).requires_grad_(False).eval().to(self._built.runner.pool.keys.dtype)
@@ -224,17 +276,23 @@ class Learner:
             for layer in drafting.kept:
                 drafting.fold(self._model, layer)
                 yield
+        save_adapter(self._folder, self._adapter, self._built.checkpoint, {"learnt_steps": self.step})
+        yield
         self._serving = copy.deepcopy(self._adapter)
         self._adopt(drafting)
-        save_adapter(self._folder, self._adapter, self._built.checkpoint, {"learnt_steps": self.step})
-        self._save()
 
     # --- what they are made of ---
 
     def _teacher(self, config: EngineConfig) -> CausalLM:
-        if self._device.type == "cuda":
-            return self._built.runner.model
-        return load_base(self._built.checkpoint, config, LENGTH)
+        model = self._built.runner.model
+        if self._device.type != "cuda":
+            # For as long texts as the model that serves: some rotary embeddings depend on that.
+            return load_base(self._built.checkpoint, config, model.max_len)
+        if self._built.runner.pool.keys.dtype == torch.float16:
+            raise ConfigError(
+                "float16 has too small a range to learn in: serve in bfloat16 (--dtype), or without --learn."
+            )
+        return model
 
     def _adapters(self) -> tuple[S3DAdapter, S3DAdapter | None]:
         """The one that learns, in float32, and a copy of it if it drafts already."""
@@ -270,7 +328,7 @@ class Learner:
         """Go on from the folder's checkpoint, if it has one, and see that another can be written."""
         path = self._folder / CHECKPOINT
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder):
                 pass
         except OSError as error:
@@ -284,4 +342,3 @@ class Learner:
             self._seconds, self._is_new = about["seconds"], about["is_new"]
         except (KeyError, RuntimeError) as error:
             raise TrainingError(f"{path} cannot be used: {error}. Remove it to begin anew.") from error
-        read_progress(self._folder, self.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 from contextlib import suppress
@@ -39,6 +40,13 @@ def available_bytes() -> int:
     if limit is not None and taken is not None:
         found.append(limit - taken)
     return max(0, min((number for number in found if number is not None), default=0))
+
+
+def total_bytes() -> int:
+    """What there is, in use or not, of the machine or of its container."""
+    limit = _number(r"^(\d+)$", "/sys/fs/cgroup/memory.max")
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return physical if limit is None else min(limit, physical)
 
 
 def return_freed() -> None:

@@ -32,13 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skippy.engine.config import Quantization
+from skippy.engine.config import NF4_BLOCK, Quantization
 from skippy.engine.linear import Kernel, Pack, Product, plain
 
-BLOCK = 64
-"""Weights that share a scale in nf4."""
 PIECE = 2**20
-"""Weights that are quantised at a time, a multiple of BLOCK: what that needs besides is several times as large."""
+"""Weights that are quantised at a time, a multiple of NF4_BLOCK: what that needs besides is several times as large."""
 
 
 def pack_as(quantization: Quantization) -> Pack | None:
@@ -134,7 +132,7 @@ class Int8Product:
 class NF4Product:
     """x W^T + b with W in 4 bits."""
 
-    weight: Tensor  # [blocks * BLOCK / 2, 1] uint8, two weights in each, row by row, padded to whole blocks
+    weight: Tensor  # [blocks * NF4_BLOCK / 2, 1] uint8, two weights in each, row by row, padded to whole blocks
     scale: Tensor  # [blocks] float32, the largest magnitude of every block
     bias: Tensor | None  # [out_features]
     shape: tuple[int, int]  # out_features, in_features
@@ -143,13 +141,13 @@ class NF4Product:
     def of(cls, weight: Tensor, bias: Tensor | None) -> Self:
         """Quantise a weight [out_features, in_features]."""
         flat = weight.reshape(-1)
-        blocks = -(-len(flat) // BLOCK)
-        packed = torch.empty(blocks * BLOCK // 2, 1, dtype=torch.uint8, device=weight.device)
+        blocks = -(-len(flat) // NF4_BLOCK)
+        packed = torch.empty(blocks * NF4_BLOCK // 2, 1, dtype=torch.uint8, device=weight.device)
         scale = torch.empty(blocks, dtype=torch.float32, device=weight.device)
-        pieces = (torch.split(flat, PIECE), torch.split(packed, PIECE // 2), torch.split(scale, PIECE // BLOCK))
+        pieces = (torch.split(flat, PIECE), torch.split(packed, PIECE // 2), torch.split(scale, PIECE // NF4_BLOCK))
         for piece, into, scale_into in zip(*pieces, strict=True):
-            whole = F.pad(piece, (0, -len(piece) % BLOCK))
-            quantised, largest = _operators().quantize_4bit(whole, BLOCK, "nf4", torch.uint8)
+            whole = F.pad(piece, (0, -len(piece) % NF4_BLOCK))
+            quantised, largest = _operators().quantize_4bit(whole, NF4_BLOCK, "nf4", torch.uint8)
             into.copy_(quantised)
             scale_into.copy_(largest)
         out_features, in_features = weight.shape
@@ -160,7 +158,7 @@ class NF4Product:
         out_features, in_features = self.shape
         # As a matrix of blocks: with blocks that go over the end of a row the CPU kernel errs.
         blocks: Tensor = _operators().dequantize_4bit(
-            self.weight, self.scale, BLOCK, "nf4", (len(self.scale), BLOCK), dtype
+            self.weight, self.scale, NF4_BLOCK, "nf4", (len(self.scale), NF4_BLOCK), dtype
         )
         return blocks.view(-1)[: out_features * in_features].view(self.shape)
 
@@ -169,8 +167,8 @@ class NF4Product:
         return _product(x, self)
 
     def compute(self, x: Tensor) -> Tensor:
-        if x.is_cuda and self.shape[1] % BLOCK == 0:
-            y: Tensor = _operators().gemm_4bit(x, self.weight, self.shape, self.scale, BLOCK, "nf4", self.bias)
+        if x.is_cuda and self.shape[1] % NF4_BLOCK == 0:
+            y: Tensor = _operators().gemm_4bit(x, self.weight, self.shape, self.scale, NF4_BLOCK, "nf4", self.bias)
             return y
         return F.linear(x, self.dequantised(x.dtype), self.bias)
 

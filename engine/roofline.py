@@ -27,12 +27,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from skippy.engine.config import Quantization
+from skippy.engine.config import NF4_BLOCK, Quantization
 
 GB = 10**9
 """As datasheets count. What a driver reports is up to 6 % more, or a few per cent less with ECC."""
-NF4_BLOCK = 64
-"""Weights that share a float32 scale (QLoRA, arXiv 2305.14314, section 3; its scales are not quantised again)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +163,7 @@ def matrices_bytes(sizes: ModelSizes, itemsize: int, quantization: Quantization)
     """Bytes of the matrices of one layer.
 
     int8 keeps a byte per number and a float32 scale per row (LLM.int8(), arXiv 2208.07339); nf4 half a byte per
-    number and a float32 scale per NF4_BLOCK of them.
+    number and a float32 scale per NF4_BLOCK of them (QLoRA, arXiv 2305.14314; its scales are not quantised again).
     """
     match quantization:
         case "none":

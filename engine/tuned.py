@@ -122,6 +122,8 @@ def load_priors(config: EngineConfig, built: Build) -> Mapping[str, Prior]:
         ConfigError: the configuration names a plan that cannot be read.
     """
     if built.adapter is None or config.learn is not None:  # acceptance will change
+        if config.tuned_plan is not None:
+            logger.warning("the tuned plan %s is ignored: there is no adapter", config.tuned_plan)
         return {}
     path = default_path(built.checkpoint)
     if config.tuned_plan is not None:

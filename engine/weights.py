@@ -127,6 +127,8 @@ def load_model(
     missing_of_layer = Counter(map(_layer_of, wanted))
     for file, stored, tensor in _read_tensors(checkpoint, wanted, dtype, device, report):
         for name, value in parameters(stored, tensor, checkpoint.config):
+            if name not in missing:
+                raise CheckpointError(f"{file} holds {stored!r}, and {name!r} was there already under another name.")
             if value.shape != wanted[name]:
                 raise CheckpointError(
                     f"{file} holds {stored!r} in shape {list(tensor.shape)}, and config.json implies "

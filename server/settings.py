@@ -18,15 +18,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, Union, get_args, g
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from skippy.engine import ConfigError, EngineConfig
+from skippy.engine import ConfigError, Device, Dtype, EngineConfig, Quantization
 
 ENV_PREFIX = "SKIPPY_"
 CONFIG_VARIABLE = "SKIPPY_CONFIG"
 """Names the YAML file; not a setting itself."""
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Quantization = Literal["none", "int8", "nf4"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 _ENGINE_FIELDS = tuple(field.name for field in fields(EngineConfig))

@@ -76,7 +76,7 @@ def test_rows_that_cost_nothing_are_all_drafted_where_every_token_is_accepted(
     most: int, batch: int, second: float, per_row: float
 ) -> None:
     widths = drive(Controller(most), batch, lambda width: second * (1.0 + per_row * width), 1.0, 300)[SETTLED:]
-    assert widths.count(most) >= 0.9 * len(widths)
+    assert widths.count(most) >= 0.85 * len(widths)
 
 
 @some

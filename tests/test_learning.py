@@ -17,8 +17,8 @@ from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingPa
 from skippy.engine import learning as learning_module
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.errors import TrainingError
-from skippy.engine.learning import FEWEST_TEXTS, HOLD_OUT_EVERY, Learner
-from skippy.engine.training.files import CHECKPOINT
+from skippy.engine.learning import CHECKPOINT, FEWEST_TEXTS, Learner, _Text
+from skippy.engine.sequence import Sequence
 
 PARAMS = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
 
@@ -30,7 +30,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("BATCH", 2), ("EVALUATE_EVERY", 4), ("ANCHORS", 8), ("PERIOD", 40), ("TV_FROM", 10)):
+    for name, value in (("BATCH", 2), ("COMPARE_EVERY", 4), ("ANCHORS", 8), ("PERIOD", 40), ("TV_FROM", 10)):
         monkeypatch.setattr(learning_module, name, value)
 
 
@@ -62,20 +62,20 @@ def learn(engine: Engine, until: Callable[[], bool], most: int = 20_000) -> None
 
 
 def progress(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "learning.jsonl").read_text().splitlines()]
 
 
 def test_it_gets_better_and_drafts_and_what_is_said_stays_the_same(bare: Path, tmp_path: Path) -> None:
-    plain = serve(learning(bare, tmp_path / "none"), 24, drafter="none")
+    plain = serve(learning(bare, tmp_path / "none"), 40, drafter="none")
     engine = learning(bare, tmp_path / "a")
     assert {"s3d", "hybrid"} <= set(engine.info.drafters)
-    assert serve(engine, 24) == plain
-    learn(engine, (tmp_path / "a" / "adapter.json").exists)
-    assert isinstance(engine.drafting.drafters["s3d"], S3DDrafter)
+    assert serve(engine, 40) == plain
+    learn(engine, lambda: isinstance(engine.drafting.drafters["s3d"], S3DDrafter))
+    assert (tmp_path / "a" / "adapter.json").exists()
     learn(engine, lambda: learner_of(engine).step >= 60)
     last = [line for line in progress(tmp_path / "a") if line["adopted"]][-1]
     assert last["learning"] > 1.1
-    assert serve(engine, 24) == plain
+    assert serve(engine, 40) == plain
     counts = run_dry(engine, [Request("x", (3, 5, 9, 40), PARAMS, drafter="s3d", num_speculative_tokens=6)])
     assert counts["x", 0][-1].counts.accepted > 0
 
@@ -84,7 +84,7 @@ def test_an_adapter_taken_up_in_the_middle_of_a_text_changes_nothing_of_it(bare:
     engine = learning(bare, tmp_path)
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=3, ignore_eos=True)
     expected = serve(learning(bare, tmp_path / "other"), 3, drafter="none", max_tokens=40, temperature=1.0, seed=3)
-    serve(engine, 24)
+    serve(engine, 40)
     for i in range(3):
         prompt = (3 + i % 90, 5 + i % 7, 9, 40 + i % 50)
         engine.add(Request(str(i), prompt, params, drafter=("s3d", "hybrid", "s3d")[i], num_speculative_tokens=4))
@@ -104,14 +104,14 @@ def test_nothing_is_learnt_before_there_are_texts_to_learn_from_and_to_judge_by(
     assert not engine.learn()
     serve(engine, FEWEST_TEXTS)
     assert not engine.learn()
-    serve(engine, HOLD_OUT_EVERY, first=FEWEST_TEXTS)
+    serve(engine, 16, first=FEWEST_TEXTS)
     assert engine.learn()
 
 
 def test_without_new_texts_it_rests(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning_module, "REST_AFTER", 3)
     engine = learning(bare, tmp_path)
-    serve(engine, 24)
+    serve(engine, 40)
     while engine.learn():
         pass
     assert learner_of(engine).step == 3
@@ -121,11 +121,11 @@ def test_without_new_texts_it_rests(bare: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_no_text_is_written(bare: Path, tmp_path: Path) -> None:
     engine = learning(bare, tmp_path)
-    serve(engine, 24)
+    serve(engine, 40)
     learn(engine, lambda: learner_of(engine).step >= 9)
     learner_of(engine)._save()
     files = {path.name for path in tmp_path.iterdir()}
-    assert files <= {"adapter.json", "adapter.safetensors", "checkpoint.safetensors", "progress.jsonl"}
+    assert files <= {"adapter.json", "adapter.safetensors", CHECKPOINT, "learning.jsonl"}
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
         kinds = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (no mapping)
     assert kinds <= {"step", "adapter", "exp_avg", "exp_avg_sq"}
@@ -133,7 +133,7 @@ def test_no_text_is_written(bare: Path, tmp_path: Path) -> None:
 
 def test_it_goes_on_after_a_restart(bare: Path, tmp_path: Path) -> None:
     engine = learning(bare, tmp_path)
-    serve(engine, 24)
+    serve(engine, 40)
     learn(engine, (tmp_path / "adapter.json").exists)
     learner_of(engine)._save()
     step = learner_of(engine).step
@@ -144,10 +144,25 @@ def test_it_goes_on_after_a_restart(bare: Path, tmp_path: Path) -> None:
         assert torch.equal(tensor, learner_of(again)._adapter.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("prompt", [1, 10, 50, 70])
+def test_of_a_long_text_the_end_is_kept(monkeypatch: pytest.MonkeyPatch, prompt: int) -> None:
+    monkeypatch.setattr(learning_module, "KEPT", 40)
+    tokens = list(range(80))
+    sequence = Sequence(
+        Request("r", tuple(tokens[:prompt]), PARAMS), 2, 5, "s3d", 6, adaptive=True, end_ids=frozenset(), tokens=tokens
+    )
+    text = _Text.of(sequence)
+    for kept, size in ((text, 40), (text.last(16), 16), (text.last(100), 40)):
+        assert kept.tokens == tokens[kept.cut :]
+        assert len(kept.tokens) == size
+        assert kept.start == max(1, prompt - kept.cut), "what was chosen, but for a first token"
+        assert (kept.params, kept.seed, kept.choice) == (PARAMS, 5, 2)
+
+
 def test_only_a_better_adapter_is_taken(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning_module, "MARGIN", 100.0)
     engine = learning(bare, tmp_path)
-    serve(engine, 24)
+    serve(engine, 40)
     learn(engine, lambda: learner_of(engine).step >= 8)
     assert [line["adopted"] for line in progress(tmp_path)] == [False]
     assert not isinstance(engine.drafting.drafters["s3d"], S3DDrafter)
@@ -164,37 +179,69 @@ def test_it_begins_with_the_adapter_that_there_is(bare: Path, tmp_path: Path) ->
     assert learner_of(engine)._learning_rate() < 8e-3 * learning_module.LATER_PEAK
 
 
-@pytest.mark.parametrize(
-    "changes", [{"quantization": "nf4"}, {"dtype": "bfloat16"}, {"dtype": "auto"}, {"share_drafts": False}]
-)
+@pytest.mark.parametrize("changes", [{"quantization": "nf4"}, {"dtype": "bfloat16"}, {"dtype": "auto"}])
 def test_it_learns_for_every_kind_of_base(bare: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     engine = learning(bare, tmp_path, **changes)
-    plain = serve(engine, 24, drafter="none")
+    plain = serve(engine, 40, drafter="none")
     learn(engine, lambda: learner_of(engine).step >= 5)
     for _ in learner_of(engine)._hand_over():
         pass
-    assert serve(engine, 24, drafter="hybrid") == plain
+    assert serve(engine, 40, drafter="hybrid") == plain
 
 
 def test_a_failure_ends_the_learning_and_not_the_serving(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = learning(bare, tmp_path)
-    plain = serve(engine, 24)
+    plain = serve(engine, 40)
 
     def fail(*_: object) -> None:
         raise TrainingError("the disk is full")
 
-    monkeypatch.setattr(learning_module, "append_progress", fail)
+    monkeypatch.setattr(learning_module, "save_adapter", fail)
     with caplog.at_level(logging.ERROR):
         while engine.learn():
             pass
     assert "learning ends here; serving goes on" in caplog.text
+    assert not isinstance(engine.drafting.drafters["s3d"], S3DDrafter), "what cannot be kept is not used"
     assert not engine.learn()
-    assert serve(engine, 24) == plain
+    assert serve(engine, 40) == plain
+
+
+def test_all_texts_of_a_prompt_are_on_one_side(bare: Path, tmp_path: Path) -> None:
+    engine = learning(bare, tmp_path)
+    for seed in (1, 2):
+        serve(engine, 40, temperature=1.0, seed=seed)
+    learner = learner_of(engine)
+    sides = [{tuple(text.tokens[: text.start]) for text in texts} for texts in (learner._texts, learner._held_out)]
+    assert not sides[0] & sides[1]
+    assert (len(learner._texts), len(learner._held_out)) == (70, 10)
+
+
+def test_what_is_aborted_counts_as_a_text(bare: Path, tmp_path: Path) -> None:
+    engine = learning(bare, tmp_path)
+    engine.add(Request("r", (3, 4, 5), SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)))
+    for _ in range(40):
+        engine.step()
+    engine.abort("r")
+    assert len(learner_of(engine)._texts) == 1
 
 
 class TestMistakes:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"drafter": "suffix"}, "which the drafter suffix does not use"),
+            ({"share_drafts": False}, "learn needs share_drafts"),
+            ({"tuned_plan": "x.json"}, "leave one of them out"),
+        ],
+    )
+    def test_settings_that_exclude_each_other(
+        self, bare: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            learning(bare, tmp_path, **changes)
+
     def test_a_folder_that_cannot_be_written(self, bare: Path) -> None:
         with pytest.raises(ConfigError, match=r"--learn cannot write to /dev/null/x"):
             learning(bare, Path("/dev/null/x"))

@@ -78,6 +78,17 @@ class TestIndex:
         text = [*range(100, 140), *range(MAX_MATCH)]
         assert index.longest(text) == (MAX_MATCH, [42 + MAX_MATCH, MAX_MATCH])
 
+    def test_of_a_long_prompt_the_end_is_indexed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(suffix, "MAX_INDEXED", 50)
+        index = SuffixIndex(list(range(200)))
+        index.update()
+        assert index.longest([*range(170, 180)]) == (10, [180])
+        assert index.longest([*range(100, 110)]) == (0, [])
+        index.tokens += range(300, 400)
+        index.update()
+        assert index.longest([*range(170, 180)]) == (10, [180]), "what was indexed stays so"
+        assert index.longest([*range(352, 360)]) == (8, [260])
+
     def test_hashes_that_collide_are_no_match(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(suffix, "hash", lambda _: 1, raising=False)
         index = SuffixIndex([1, 2, 3, 4, 5])
@@ -119,7 +130,8 @@ class TestSharedOutputs:
     def test_its_memory_is_as_stated(self) -> None:
         """About 600 bytes a token: a dictionary's entry, a key and a place for each n-gram, and a link."""
         shared = SharedOutputs()
-        shared.add(list(range(suffix.SHARED_TOKENS // 2 - 1)))  # no n-gram twice: the most there can be
+        for start in (0, 8000):  # no n-gram twice: the most there can be
+            shared.add(range(start, start + 8000))
         index = shared.generations[0]
         size = sys.getsizeof(index.tokens)
         for chains in index._chains:

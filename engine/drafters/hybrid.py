@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
 from collections.abc import Sequence as SequenceOf
+from collections.abc import Set
 
 from skippy.engine.drafters.base import Drafter, Keeper
 from skippy.engine.drafters.suffix import MAX_DRAFT, Lookup, SuffixDrafter
@@ -14,6 +15,8 @@ DECAY = 0.98
 
 COST_SHARE = 0.05
 """How far one step moves what drafts are found to cost."""
+LARGEST_COST = 2.0
+"""What takes longer did not take it for drafting."""
 
 
 class HybridDrafter:
@@ -39,9 +42,11 @@ class HybridDrafter:
         self._draft_cost = draft_cost
         self.free_width = MAX_DRAFT if draft_cost else 0
         self.paid_width = 0
-        self.free: Collection[Sequence] = ()
+        self.free: Set[Sequence] = frozenset()
         self._asked: set[Sequence] = set()
         """Sequences whose last draft was the other's."""
+        self._draft_seconds = 0.0
+        """Of the other's last drafts."""
         self._accepted = 0.0
         """Of the other's drafts, on average."""
 
@@ -52,6 +57,7 @@ class HybridDrafter:
 
     def release(self, sequence: Sequence) -> None:
         self._asked.discard(sequence)
+        self.free = self.free - {sequence}
         for drafter in self.parts:
             if isinstance(drafter, Keeper):
                 drafter.release(sequence)
@@ -61,16 +67,20 @@ class HybridDrafter:
             if isinstance(drafter, Keeper):
                 drafter.forget()
 
-    def time(self, draft_seconds: float, verify_seconds: float) -> None:
-        """What the other's drafts took in a step, and the verify pass."""
-        self._draft_cost += COST_SHARE * (draft_seconds / verify_seconds - self._draft_cost)
+    def time(self, verify_seconds: float) -> None:
+        """What the verify pass behind the last proposal took, in which the other drafted."""
+        if self.free_width:
+            cost = min(self._draft_seconds / verify_seconds, LARGEST_COST)
+            self._draft_cost += COST_SHARE * (cost - self._draft_cost)
 
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         self._learn(sequences)
         found = [self._lookup.look_up(s, limit) for s, limit in zip(sequences, limits, strict=True)]
         drafts = [lookup.draft for lookup in found]
         left = [place for place, lookup in enumerate(found) if not self._suffices(lookup)]
+        began = time.perf_counter()
         others = self._other.propose([sequences[i] for i in left], [self._limit(sequences[i], limits[i]) for i in left])
+        self._draft_seconds = time.perf_counter() - began
         for place, draft in zip(left, others, strict=True):
             if draft:
                 drafts[place] = draft

@@ -48,10 +48,6 @@ class CandidateTable:
         self._ids = array("i", [_UNKNOWN]) * self._size
         self._logits = array("f", [0.0]) * self._size
 
-    @property
-    def num_bytes(self) -> int:
-        return len(self._ids) * self._ids.itemsize + len(self._logits) * self._logits.itemsize
-
     def put(self, tokens: SequenceOf[int], ids: SequenceOf[list[int]], logits: SequenceOf[list[float]]) -> None:
         """Replace the candidates of some tokens, the likeliest first. ids and logits [len(tokens), K]."""
         for token, successors, scores in zip(tokens, ids, logits, strict=True):

@@ -24,7 +24,7 @@ from math import comb, prod
 from typing import NamedTuple
 
 from skippy.engine.adapter import AdapterConfig, part_shapes, part_sizes
-from skippy.engine.config import Quantization
+from skippy.engine.config import NF4_BLOCK, Quantization
 from skippy.engine.model import ModelConfig
 from skippy.engine.training.loss import rows_of_vocabulary
 from skippy.engine.training.options import AT_ONCE, TrainOptions, num_parameters
@@ -89,9 +89,9 @@ class Precision:
 
 
 BFLOAT16, FLOAT32 = Precision(), Precision(4, 4.0)
-BYTES_PER_WEIGHT: Mapping[Quantization, float] = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+BYTES_PER_WEIGHT: Mapping[Quantization, float] = {"int8": 1.0, "nf4": 0.5 + FLOAT / NF4_BLOCK}
 """See `quant`."""
-INT8, NF4 = (Precision(2, each) for each in BYTES_PER_WEIGHT.values())
+INT8, NF4 = Precision(2, BYTES_PER_WEIGHT["int8"]), Precision(2, BYTES_PER_WEIGHT["nf4"])
 
 
 @dataclass(frozen=True, slots=True)

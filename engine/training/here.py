@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 
 from skippy.engine.adapter import AdapterConfig
 from skippy.engine.config import Quantization
+from skippy.engine.memory import total_bytes
 from skippy.engine.model import ModelConfig
 from skippy.engine.training.estimate import BYTES_PER_WEIGHT, Estimate, Precision, Processor, estimate
 from skippy.engine.training.options import TrainOptions, num_parameters
@@ -21,6 +21,8 @@ SHARE_OF_MEMORY = 0.85
 """That a training may fill without gradient checkpointing."""
 CPU_PROBE_FLOPS = 2**31
 """Of a product that is timed on a CPU; about 20 ms of one core."""
+CPU_PROBE_ROWS = 256
+"""Fewer, and reading the matrix would be timed."""
 PROBES = 3
 
 
@@ -77,7 +79,8 @@ class Probe:
     ) -> None:
         inner = 2 * base.intermediate_size
         if device.type == "cpu":
-            rows = max(1, min(rows, CPU_PROBE_FLOPS // (2 * inner * base.hidden_size)))
+            rows = min(rows, CPU_PROBE_ROWS)
+            inner = max(1, min(inner, CPU_PROBE_FLOPS // (2 * rows * base.hidden_size)))
         self._x = torch.randn(rows, base.hidden_size, device=device).to(dtype)
         self._weight = torch.randn(inner, base.hidden_size, device=device).to(dtype)
         self._y, self._z = (torch.randn(rows, inner, device=device).to(dtype) for _ in range(2))
@@ -113,4 +116,4 @@ def _total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         total: int = torch.cuda.mem_get_info(device)[1]
         return total
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_bytes()

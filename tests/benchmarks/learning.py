@@ -2,7 +2,7 @@
 
     python tests/benchmarks/learning.py PROMPTS.jsonl [--minutes N] [--plain-minutes N] [--busy X]
 
-One client sends prompt after prompt, half greedy and half at temperature 0.8, and pauses between
+One client sends prompt after prompt, in turn greedy and at temperature 0.8, and pauses between
 them so that about the share `--busy` of the time is spent on answers. At first a server without
 adapter or learning answers for some minutes, then one that learns, with the built-in model's
 adapter removed. Told are the median latencies, those of the first minutes of learning apart (later
@@ -49,6 +49,7 @@ class Answer:
     seconds: float
     tokens: int
     steps: int
+    temperature: float
 
 
 @contextmanager
@@ -81,11 +82,12 @@ def replay(http: httpx.Client, prompts: list[str], minutes: float, busy: float) 
     chooser, answers, began = random.Random(0), [], time.monotonic()
     number = 0
     while time.monotonic() - began < 60 * minutes:
+        temperature = TEMPERATURES[number % 2]
         body = {
             "model": NAME,
             "prompt": prompts[number % len(prompts)],
             "max_tokens": MAX_TOKENS,
-            "temperature": TEMPERATURES[number // len(prompts) % 2] if number % 3 else TEMPERATURES[number % 2],
+            "temperature": temperature,
             "seed": number,
         }
         asked = time.monotonic()
@@ -93,7 +95,8 @@ def replay(http: httpx.Client, prompts: list[str], minutes: float, busy: float) 
         response.raise_for_status()
         seconds = time.monotonic() - asked
         usage = response.json()["usage"]
-        answers.append(Answer(asked - began, seconds, usage["completion_tokens"], usage["skippy"]["steps"]))
+        steps = usage["skippy"]["steps"]
+        answers.append(Answer(asked - began, seconds, usage["completion_tokens"], steps, temperature))
         typical = statistics.median(answer.seconds for answer in answers[-20:])
         time.sleep(chooser.expovariate(1.0) * typical * (1.0 - busy) / busy)
         number += 1
@@ -110,6 +113,10 @@ def tokens_per_step(model: str, adapter: str | None, prompts: list[str]) -> floa
         run = decode(engine, encoded, "s3d", 16, params, engine.drafting.widest("s3d"))
         tokens, steps = tokens + run.tokens, steps + run.steps
     return tokens / steps
+
+
+def median_of(answers: list[Answer], temperature: float | None = None) -> float:
+    return statistics.median(a.seconds for a in answers if temperature in (None, a.temperature))
 
 
 def of_requests(answers: list[Answer]) -> float:
@@ -130,14 +137,14 @@ def main() -> None:
         learnt = str(Path(options.output or f"{folder}/learnt"))
         with server(str(bare), "--drafter", "s3d", "--learn", learnt) as http:
             answers = replay(http, prompts, options.minutes, options.busy)
-        baseline = statistics.median(a.seconds for a in plain)
+        baseline = median_of(plain)
         first = [a for a in answers if a.at < FIRST_SECONDS]
         print(f"without learning: {len(plain)} requests, median {baseline * 1e3:.0f} ms")
         minutes = max(1, int(options.minutes) // 10)
         for minute in range(0, int(options.minutes), minutes):
             part = [a for a in answers if minute <= a.at / 60 < minute + minutes]
             if part:
-                latency = statistics.median(a.seconds for a in part)
+                latency = median_of(part)
                 told = f"median {latency * 1e3:.0f} ms, {of_requests(part):.2f} tokens per step"
                 print(f"from minute {minute}: {len(part)} requests, {told}")
         record = {
@@ -146,8 +153,9 @@ def main() -> None:
             "requests": len(answers),
             "busy_share": sum(a.seconds for a in answers) / (60 * options.minutes),
             "median_plain": baseline,
-            "median_first": statistics.median(a.seconds for a in first),
-            "median": statistics.median(a.seconds for a in answers),
+            "median_first": median_of(first),
+            "median": median_of(answers),
+            "of_plain_by_temperature": {t: median_of(answers, t) / median_of(plain, t) for t in TEMPERATURES},
             "live_tokens_per_step": of_requests(answers[-len(prompts) :]),
             "learnt": tokens_per_step(str(bare), learnt, prompts),
             "shipped": tokens_per_step(BUILTIN_MODEL, None, prompts),
