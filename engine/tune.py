@@ -307,7 +307,9 @@ def _beta_eff(engine: Engine, checkpoint: Checkpoint, quantization: Quantization
     if engine.info.device.startswith("cuda"):
         weights = weights_on_gpu(sizes, itemsize, quantization, longest)
     else:
-        weights = weights_on_cpu(sizes, itemsize, quantization, longest, half=checkpoint.dtype.itemsize == 2)
+        weights = weights_on_cpu(
+            sizes, itemsize, quantization, longest, half=2 in (checkpoint.dtype.itemsize, itemsize)
+        )
     draftable = len(adapter.draft_ids) if adapter.draft_ids is not None else sizes.vocab_size
     return beta_eff(weights, len(adapter.kept) / sizes.layers, draftable / sizes.vocab_size)
 
