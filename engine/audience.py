@@ -81,6 +81,8 @@ class Audience:
 
     def _show_all(self, schedule: Schedule, drafts: SequenceOf[list[int]], tapped: Mapping[int, Tensor]) -> None:
         """Every row that the pass computed and that stands."""
+        if not self._followers:
+            return
         parts: dict[str, list[Followed]] = {}
         row = 0
         for work, draft in zip(schedule.work, drafts, strict=True):
@@ -101,7 +103,7 @@ class Audience:
         for work, draft in zip(schedule.work, drafts, strict=True):
             sequence, count = work.sequence, work.num_logits(len(draft))
             end += count
-            if sequence.finish_reason != "error":
+            if sequence.drafter in self._readers and sequence.finish_reason != "error":
                 known = sequence.tokens[work.start : work.start + work.num_known]
                 tokens.setdefault(sequence.drafter, []).extend([*known, *draft][-count:])
                 rows.setdefault(sequence.drafter, []).extend(range(end - count, end))

@@ -83,7 +83,8 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
         return_freed()
 
     model = load_model(checkpoint, dtype, device, wanted_len, finish_layer=finish_layer, report=report)
-    reads_head_rows = adapter is not None and adapter.head is not None and not shape.tie_word_embeddings
+    has_head = config.learn is not None or (adapter is not None and adapter.head is not None)
+    reads_head_rows = has_head and not shape.tie_word_embeddings
     draft_ids = adapter.draft_ids if adapter else None
     tiling = model.pack(
         checkpoint.vocab_size, draft_ids=draft_ids, keep_head_rows=reads_head_rows, pack_layers=pack_layers

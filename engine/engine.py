@@ -16,7 +16,7 @@ from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import Build, build
 from skippy.engine.config import EngineConfig
-from skippy.engine.drafters.auto import describe_choice
+from skippy.engine.drafters.auto import describe_choice, describe_learning
 from skippy.engine.drafters.base import Drafter
 from skippy.engine.drafting import Drafting
 from skippy.engine.errors import ConfigError, InvalidRequest
@@ -87,8 +87,10 @@ class Engine:
             built, self.states, load_priors(config, built), share=config.share_drafts, learns=learns
         )
         self._default_drafter = self.drafting.choose(config.drafter, str(built.checkpoint.path))
-        if config.drafter == "auto":
-            has_adapter = learns or built.adapter is not None or built.eagle is not None
+        if config.learn is not None and built.adapter is None:
+            logger.info(describe_learning(self._default_drafter, config.learn))
+        elif config.drafter == "auto":
+            has_adapter = built.adapter is not None or built.eagle is not None
             logger.info(describe_choice(self._default_drafter, has_adapter, config.model, self._describe_training))
         self._learner = _learner(config, built, self.drafting) if learns else None
         self.info = self._describe()

@@ -206,7 +206,6 @@ class Learner:
 
     def _train_step(self) -> Iterator[None]:
         self._optimizer.zero_grad()
-        loss = 0.0
         for text in self._random.sample(list(self._texts), BATCH):
             tokens = torch.tensor([self._window(text)], device=self._device)
             teaching = teach(self._model, self._adapter, tokens)
@@ -214,11 +213,8 @@ class Learner:
             anchors = min(ANCHORS, tokens.shape[1] - self._adapter.config.num_speculative_tokens)
             for _ in range(PARTS):
                 with torch.enable_grad():
-                    part = taught_loss(
-                        self._model, self._adapter, teaching, anchors, self._tv_share(), self._generator
-                    ) / (BATCH * PARTS)
-                    part.backward()  # type: ignore[no-untyped-call]
-                loss += part.item()
+                    loss = taught_loss(self._model, self._adapter, teaching, anchors, self._tv_share(), self._generator)
+                    (loss / (BATCH * PARTS)).backward()  # type: ignore[no-untyped-call]
                 yield
         norm = torch.nn.utils.clip_grad_norm_(self._adapter.parameters(), LARGEST_NORM)
         for group in self._optimizer.param_groups:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from support_engine import run_dry, tokens_of, write_adapter, write_checkpoint
 
-from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
+from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams, chain
 from skippy.engine import learning as learning_module
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.errors import TrainingError
@@ -39,10 +39,14 @@ def learning(model: Path, folder: Path, **changes: Any) -> Engine:
     return Engine(EngineConfig(**{**config, **changes}))
 
 
-def serve(engine: Engine, count: int, first: int = 0, drafter: str = "s3d", **changes: Any) -> dict[str, list[int]]:
+def serve(
+    engine: Engine, count: int, first: int = 0, drafter: str = "s3d", num_drafted: int | None = None, **changes: Any
+) -> dict[str, list[int]]:
     params = SamplingParams(**{"max_tokens": 32, "temperature": 0.0, "ignore_eos": True, "seed": 7, **changes})
     requests = [
-        Request(str(i), (3 + i % 90, 5 + i % 7, 9, 40 + i % 50), params, drafter=drafter)
+        Request(
+            str(i), (3 + i % 90, 5 + i % 7, 9, 40 + i % 50), params, drafter=drafter, num_speculative_tokens=num_drafted
+        )
         for i in range(first, first + count)
     ]
     return {name: tokens for (name, _), tokens in tokens_of(run_dry(engine, requests)).items()}
@@ -187,6 +191,27 @@ def test_it_learns_for_every_kind_of_base(bare: Path, tmp_path: Path, changes: d
     for _ in learner_of(engine)._hand_over():
         pass
     assert serve(engine, 40, drafter="hybrid") == plain
+
+
+def test_it_learns_for_a_head_of_its_own_of_which_the_model_packs_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain, "WHOLE_BELOW", 0)  # candidates are rescored with rows of the head
+    model = write_checkpoint(tmp_path / "untied", num_hidden_layers=4, tie_word_embeddings=False)
+    engine = learning(model, tmp_path / "learnt")
+    plain = serve(engine, 40, drafter="none")
+    learn(engine, lambda: learner_of(engine).step >= 5)
+    for _ in learner_of(engine)._hand_over():
+        pass
+    assert isinstance(engine.drafting.drafters["s3d"], S3DDrafter)
+    assert serve(engine, 40, num_drafted=4) == plain
+
+
+def test_it_says_that_nothing_is_learnt_yet(bare: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        learning(bare, tmp_path, drafter="auto")
+    assert f"until an adapter is learnt in {tmp_path}" in caplog.text
+    assert "has an adapter" not in caplog.text
 
 
 def test_a_failure_ends_the_learning_and_not_the_serving(

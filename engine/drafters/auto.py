@@ -22,6 +22,11 @@ def describe_choice(chosen: str, has_adapter: bool, model: str, training: Callab
     return f"drafter {chosen}: the model has no adapter, so {what}; to train one, {training()}: {train_command(model)}"
 
 
+def describe_learning(chosen: str, folder: str) -> str:
+    """The line where an adapter is to be learnt and nothing is learnt yet."""
+    return f"drafter {chosen}: what repeats is looked up until an adapter is learnt in {folder}"
+
+
 def train_command(model: str) -> str:
     """What trains an adapter for a model."""
     return f"skippy train {shlex.quote(model)} -o adapter"
