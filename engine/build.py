@@ -19,7 +19,7 @@ from skippy.engine.kv import KVPool
 from skippy.engine.linear import Tiling
 from skippy.engine.loading import Report
 from skippy.engine.memory import available_bytes, return_freed
-from skippy.engine.model import CausalLM
+from skippy.engine.model import CausalLM, ModelConfig
 from skippy.engine.quant import pack_as
 from skippy.engine.runner import Runner
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
@@ -59,20 +59,48 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
     device = choose_device(config)
     checkpoint = open_checkpoint(config.model, config.revision)
     dtype = _dtype(config, checkpoint, device)
-    shape = checkpoint.config
-    wanted_len = config.max_model_len or shape.max_position_embeddings
-    if wanted_len > shape.max_position_embeddings:
-        raise ConfigError(
-            f"max_model_len {wanted_len} exceeds the {shape.max_position_embeddings} positions of the model."
-        )
-    adapter = eagle = None
-    if config.learn is not None:
-        adapter = _learnt_adapter(config, checkpoint, dtype, device)
-    elif config.adapter is not None and is_eagle(config.adapter):
-        eagle = load_eagle(config.adapter, checkpoint, dtype, device, wanted_len)
-    elif config.adapter is not None or config.drafter != "none":
-        adapter = find_adapter(checkpoint, config.adapter, dtype, device)
+    wanted_len = _wanted_len(config, checkpoint)
+    adapter, eagle = _trained_parts(config, checkpoint, dtype, device, wanted_len)
+    model, tiling = _load(config, checkpoint, adapter, dtype, device, wanted_len, report)
+    num_blocks = _num_blocks(config, checkpoint, eagle, dtype, device, wanted_len)
+    max_model_len = _fitting_len(config, wanted_len, num_blocks)
+    logger.info("context %s of %s", f"{max_model_len:,}", f"{checkpoint.config.max_position_embeddings:,}")
+    runner = _lay_out(model, tiling, num_blocks, config.block_size, max_model_len, dtype, device)
+    eagle_cache = None if eagle is None else _cache_of_head(eagle, runner, max_model_len)
+    return Build(checkpoint, runner, max_model_len, adapter, eagle, eagle_cache)
 
+
+def _wanted_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    positions = checkpoint.config.max_position_embeddings
+    wanted = config.max_model_len or positions
+    if wanted > positions:
+        raise ConfigError(f"max_model_len {wanted} exceeds the {positions} positions of the model.")
+    return wanted
+
+
+def _trained_parts(
+    config: EngineConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, wanted_len: int
+) -> tuple[S3DAdapter | None, EagleHead | None]:
+    """What was trained to draft for the model, and is to be used."""
+    if config.learn is not None:
+        return _learnt_adapter(config, checkpoint, dtype, device), None
+    if config.adapter is not None and is_eagle(config.adapter):
+        return None, load_eagle(config.adapter, checkpoint, dtype, device, wanted_len)
+    if config.adapter is not None or config.drafter != "none":
+        return find_adapter(checkpoint, config.adapter, dtype, device), None
+    return None, None
+
+
+def _load(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    adapter: S3DAdapter | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    wanted_len: int,
+    report: Report | None,
+) -> tuple[CausalLM, Tiling]:
+    """The model, packed layer by layer as it is read, and the row counts that suit its products."""
     pack_layers = pack_as(config.quantization)
 
     def finish_layer(model: CausalLM, layer: int) -> None:
@@ -83,48 +111,41 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
         return_freed()
 
     model = load_model(checkpoint, dtype, device, wanted_len, finish_layer=finish_layer, report=report)
+    # An adapter that is yet to be learnt has a head, too.
     has_head = config.learn is not None or (adapter is not None and adapter.head is not None)
-    reads_head_rows = has_head and not shape.tie_word_embeddings
-    draft_ids = adapter.draft_ids if adapter else None
     tiling = model.pack(
-        checkpoint.vocab_size, draft_ids=draft_ids, keep_head_rows=reads_head_rows, pack_layers=pack_layers
+        checkpoint.vocab_size,
+        draft_ids=adapter.draft_ids if adapter else None,
+        keep_head_rows=has_head and not checkpoint.config.tie_word_embeddings,
+        pack_layers=pack_layers,
     )
     return_freed()
-    block_bytes = (
-        2 * shape.num_hidden_layers * config.block_size * shape.num_key_value_heads * shape.head_dim * dtype.itemsize
-    )
-    if eagle is not None:
-        of_head = eagle.config.layer
-        block_bytes += 2 * config.block_size * of_head.num_key_value_heads * of_head.head_dim * dtype.itemsize
-    reserve = _learning_bytes(checkpoint, device) if config.learn is not None else 0
-    num_blocks = _num_blocks(config, wanted_len, block_bytes, device, reserve)
-    max_model_len = min(wanted_len, num_blocks * config.block_size)
-    if config.max_model_len is not None and max_model_len < wanted_len:
-        raise ConfigError(
-            f"max_model_len {wanted_len:,} needs {-(-wanted_len // config.block_size):,} KV blocks, and the cache has "
-            f"{num_blocks:,}: at most {max_model_len:,} fits, which auto takes; or raise kv_cache_memory_bytes."
-        )
-    logger.info("context %s of %s", f"{max_model_len:,}", f"{shape.max_position_embeddings:,}")
+    return model, tiling
+
+
+def _lay_out(
+    model: CausalLM,
+    tiling: Tiling,
+    num_blocks: int,
+    block_size: int,
+    max_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Runner:
+    """The cache, and what computes passes over it."""
+    shape = model.config
     pool = KVPool(
-        shape.num_hidden_layers,
-        num_blocks,
-        config.block_size,
-        shape.num_key_value_heads,
-        shape.head_dim,
-        dtype,
-        device,
+        shape.num_hidden_layers, num_blocks, block_size, shape.num_key_value_heads, shape.head_dim, dtype, device
     )
     attention = SDPAAttention(
         pool,
         shape.num_attention_heads,
-        max_model_len,
+        max_len,
         shape.attention_scale,
         windows=shape.windows,
         softcap=shape.attention_softcap,
     )
-    runner = Runner(model, pool, attention, tiling)
-    eagle_cache = None if eagle is None else _cache_of_head(eagle, runner, max_model_len)
-    return Build(checkpoint, runner, max_model_len, adapter, eagle, eagle_cache)
+    return Runner(model, pool, attention, tiling)
 
 
 def _learnt_adapter(
@@ -203,8 +224,25 @@ def _learning_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
     return (2 * parameters if device.type == "cpu" else 0) + 16 * parameters // 10
 
 
-def _num_blocks(config: EngineConfig, max_len: int, block_bytes: int, device: torch.device, reserve: int) -> int:
-    """Blocks within the memory allowed, less a reserve, but no more than max_num_seqs full sequences can use."""
+def _block_bytes(config: EngineConfig, shape: ModelConfig, eagle: EagleHead | None, dtype: torch.dtype) -> int:
+    """Keys and values of a block, those of an EAGLE-3 head included."""
+    values = shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    if eagle is not None:
+        values += eagle.config.layer.num_key_value_heads * eagle.config.layer.head_dim
+    return 2 * values * config.block_size * dtype.itemsize
+
+
+def _num_blocks(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    eagle: EagleHead | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+) -> int:
+    """Blocks within the memory allowed, but no more than max_num_seqs full sequences can use."""
+    block_bytes = _block_bytes(config, checkpoint.config, eagle, dtype)
+    reserve = _learning_bytes(checkpoint, device) if config.learn is not None else 0
     usable = config.max_num_seqs * -(-max_len // config.block_size)
     if config.kv_cache_memory_bytes is not None:
         budget = config.kv_cache_memory_bytes
@@ -221,3 +259,14 @@ def _num_blocks(config: EngineConfig, max_len: int, block_bytes: int, device: to
             f"{2 * block_bytes}."
         )
     return blocks
+
+
+def _fitting_len(config: EngineConfig, wanted_len: int, num_blocks: int) -> int:
+    """The longest context: what is wanted, or what the blocks hold if nothing in particular is asked for."""
+    longest = min(wanted_len, num_blocks * config.block_size)
+    if config.max_model_len is not None and longest < wanted_len:
+        raise ConfigError(
+            f"max_model_len {wanted_len:,} needs {-(-wanted_len // config.block_size):,} KV blocks, and the cache has "
+            f"{num_blocks:,}: at most {longest:,} fits, which auto takes; or raise kv_cache_memory_bytes."
+        )
+    return longest
