@@ -30,6 +30,7 @@ from skippy.engine.training.causal_attention import ROWS, causal_attention
 from skippy.engine.training.grow import grow, layer_origins, new_model
 from skippy.engine.training.pretrain import main
 from skippy.engine.training.pretrainer import Pretrainer, PretrainOptions, learning_rate_share
+from skippy.engine.training.repetition import continued, repeated, unlikelihood
 from skippy.engine.training.spans import FimTokens, Spans, held_out_spans
 from skippy.engine.weights import load_model, open_checkpoint
 
@@ -212,12 +213,60 @@ class TestTrainer:
             {"decay": 7, "steps": 6},
             {"length": 4},
             {"python_share": 1.5},
+            {"unlikelihood": -1.0},
             {"muon": 0.0},
             {"adam": float("nan")},
         )
         for values in wrong:
             with pytest.raises(ConfigError, match="must be"):
                 PretrainOptions(**values)
+
+
+class TestRepetition:
+    @given(st.lists(st.integers(0, 2), max_size=30), st.integers(1, 5))
+    def test_what_ends_a_run_that_was_there_before(self, text: list[int], gram: int) -> None:
+        found = repeated(torch.tensor([text]).view(1, -1).long(), gram, None)[0].tolist()
+        runs = [tuple(text[i - gram + 1 : i + 1]) for i in range(gram - 1, len(text))]
+        assert found == [False] * min(gram - 1, len(text)) + [run in runs[:i] for i, run in enumerate(runs)]
+
+    def test_nothing_counts_from_the_end_of_a_text_on(self) -> None:
+        tokens = torch.tensor([[1, 2, 1, 2, 0, 1, 2], [1, 2, 3, 1, 2, 1, 2]])
+        assert repeated(tokens, 2, 0).int().tolist() == [[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 1]]
+
+    def test_a_continuation_is_the_greedy_one(self) -> None:
+        model = trainer().model
+        openings = torch.tensor([[3, 4, 5], [60, 2, 9]])
+        tokens = continued(model, openings, 6)
+        assert torch.equal(tokens[:, :3], openings)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(tokens[:, :-1]).logits[:, 2:]
+        chosen = logits.gather(-1, tokens[:, 3:, None]).squeeze(-1)
+        assert (logits.max(-1).values - chosen).max() < 0.02, "but for rounding, which the cache changes"
+
+    def test_the_loss_is_that_of_the_unwanted_tokens_alone(self) -> None:
+        model = trainer().model
+        tokens = torch.tensor([[3, 4, 5, 6], [60, 2, 9, 9]])
+        unwanted = torch.tensor([[True, False], [False, True]])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            chances = model(tokens[:, :-1]).logits.float().softmax(-1)
+        expected = -((1 - chances[0, 1, 5]).log() + (1 - chances[1, 2, 9]).log()) / 4
+        loss = unlikelihood(model, tokens, unwanted)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+        assert unlikelihood(model, tokens, torch.zeros_like(unwanted)).item() == 0.0
+
+    def test_it_unlearns_to_repeat_itself(self) -> None:
+        learner = trainer(steps=60, decay=0, unlikelihood=20.0)
+        openings, _ = spans().openings(0, 8, 10)
+
+        def share() -> float:
+            written = continued(learner.model, openings, 60)[:, -60:]
+            return repeated(written, 4, None).float().mean().item()
+
+        before = share()
+        for _ in range(60):
+            learner.run_step()
+        assert before > 0.5
+        assert share() < before / 2
 
 
 @pytest.fixture

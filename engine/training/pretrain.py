@@ -176,7 +176,7 @@ def run_pretraining(
 
 
 def _recipe(options: PretrainOptions, tokens: Mapping[str, Tensor], source: Path, layers: int) -> dict[str, Any]:
-    """What must stay the same when a training goes on. The learning rates and the number of steps may change."""
+    """What must stay the same when a training goes on: not the rates, the steps or the loss against repetition."""
     fixed = ("from_scratch", "batch_size", "length", "python_share", "seed")
     digest = hashlib.sha256()
     for name in sorted(tokens):
@@ -221,6 +221,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--muon", type=float, default=default.muon, help="learning rate of the layers' matrices")
     add("--adam", type=float, default=default.adam, help="learning rate of everything else")
     add("--python-share", type=float, default=default.python_share, help="of the sequences")
+    add("--unlikelihood", type=float, default=default.unlikelihood, help="weight of the loss against repetition")
     add("--evaluate-every", type=int, default=default.evaluate_every, help="steps")
     add("--held-out", type=int, default=default.held_out, help="spans of each kind to evaluate on")
     add("--seed", type=int, default=default.seed)

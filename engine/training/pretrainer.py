@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,16 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from skippy.engine.errors import ConfigError, TrainingError
+from skippy.engine.training.repetition import (
+    CONTINUED,
+    GRAMS,
+    LONGEST_OPENING,
+    SEQUENCES,
+    SHORTEST_OPENING,
+    continued,
+    repeated,
+    unlikelihood,
+)
 from skippy.engine.training.spans import Spans
 
 ADAM_BETAS = (0.9, 0.95)
@@ -32,6 +43,7 @@ class PretrainOptions:
         length: tokens of a sequence.
         muon, adam: learning rates, of the matrices of the layers (Muon) and of everything else (AdamW).
         python_share: what part of the sequences is Python.
+        unlikelihood: weight of the loss against repetition (see `repetition`) beside the usual one; 0 for none.
         evaluate_every, held_out: steps between evaluations, and spans of each kind that they look at.
 
     Raises:
@@ -48,6 +60,7 @@ class PretrainOptions:
     muon: float = 0.01
     adam: float = 1e-3
     python_share: float = 0.6
+    unlikelihood: float = 0.0
     evaluate_every: int = 200
     held_out: int = 128
     seed: int = 0
@@ -65,6 +78,8 @@ class PretrainOptions:
             raise ConfigError(f"the learning rates must be above 0, got {self.muon} and {self.adam}.")
         if not 0.0 <= self.python_share <= 1.0:
             raise ConfigError(f"python_share must be between 0 and 1, got {self.python_share}.")
+        if not 0.0 <= self.unlikelihood < math.inf:
+            raise ConfigError(f"unlikelihood must be at least 0, got {self.unlikelihood}.")
 
 
 def learning_rate_share(step: int, steps: int, decay: int) -> float:
@@ -94,7 +109,7 @@ class Pretrainer:
         self._loss = torch.compile(self._loss_of, dynamic=False) if options.compile else self._loss_of
 
     def run_step(self) -> float:
-        """Do one step and return its loss, in nats per token.
+        """Do one step and return its loss, in nats per token, that against repetition included.
 
         Raises:
             TrainingError: the loss is not finite; the model is as it was before.
@@ -107,6 +122,10 @@ class Pretrainer:
             loss = self._loss(spans) * (len(spans) / options.batch_size)
             torch.autograd.backward(loss)
             total += loss.detach()
+        if options.unlikelihood:
+            loss = options.unlikelihood * self._repetition_loss()
+            torch.autograd.backward(loss)
+            total += loss.detach()
         value = total.item()
         if not math.isfinite(value):
             raise TrainingError(f"step {self.step + 1}: the loss is {value}; lower learning rates may help.")
@@ -117,6 +136,16 @@ class Pretrainer:
             optimizer.zero_grad()
         self.step += 1
         return value
+
+    def _repetition_loss(self) -> Tensor:
+        """Over what the model itself writes behind some openings."""
+        length = random.Random(self.step).randint(SHORTEST_OPENING, LONGEST_OPENING)
+        openings, kinds = self._spans.openings(self.step, SEQUENCES, length)
+        tokens = continued(self.model, openings.to(self.model.device), CONTINUED)
+        end = self.model.config.eos_token_id
+        rows = tokens[:, -CONTINUED:, None].unbind(0)
+        unwanted = [repeated(row.T, GRAMS[kind], end) for row, kind in zip(rows, kinds, strict=True)]
+        return unlikelihood(self.model, tokens, torch.cat(unwanted))
 
     @torch.no_grad()
     def bits_per_byte(self, spans: Tensor, token_bytes: Tensor) -> float:
