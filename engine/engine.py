@@ -182,7 +182,7 @@ class Engine:
         if schedule.work:
             try:
                 stats.host_seconds = clock.lap()
-                drafts = self.drafting.propose(schedule)
+                drafts = self._propose(schedule)
                 if any(work.lookahead for work in schedule.work):
                     stats.draft_seconds = clock.lap()
                 computed = self._verify(schedule, drafts)
@@ -192,7 +192,7 @@ class Engine:
                 count_pass(stats, schedule, clock.lap())
                 # If it fails half-way, what was committed before is told all the same.
                 outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
-                self.drafting.audience.show(schedule, drafts, computed, logits)
+                self._show(schedule, drafts, computed, logits)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
         self.drafting.time(schedule, stats)
@@ -208,6 +208,25 @@ class Engine:
         if not self.has_work:
             assert self._blocks.num_held == 0, f"{self._blocks.num_held} blocks are held, and nothing runs"
             assert not self.states, "sampling states outlive their sequences"
+
+    # A drafter that fails costs its drafts, and no answer.
+
+    def _propose(self, schedule: Schedule) -> list[list[int]]:
+        try:
+            return self.drafting.propose(schedule)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("drafting failed; this step goes without")
+            return [[] for _ in schedule.work]
+
+    def _show(self, schedule: Schedule, drafts: SequenceOf[list[int]], computed: Computed, logits: Tensor) -> None:
+        try:
+            self.drafting.audience.show(schedule, drafts, computed, logits)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("the drafters did not learn from this step")
 
     def _verify(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Computed:
         """Every layer over the newest tokens and their drafts, and over riders for the drafts of the next step."""
@@ -249,12 +268,24 @@ class Engine:
             rows = slice(row, row + work.num_logits(len(draft)))
             choice = next(choices) if work.chooses else []
             row = rows.stop
+            if not all(sound[rows]) and draft:
+                self._begin_again(work.sequence)
+                continue
             if not all(sound[rows]):
                 yield self._end_with_error(work.sequence, "The model computed logits that are not finite.")
                 continue
             output = self._commit_one(work, draft, choice, logits[rows], stats)
             if output is not None:
                 yield output
+
+    def _begin_again(self, sequence: Sequence) -> None:
+        """Compute a sequence once more, and draft for it no longer: a drafted token may be what was not finite.
+
+        What is not finite spoils even rows before it, through keys that are masked, so none of the rows can be kept.
+        """
+        sequence.max_draft = 0
+        self._erase(sequence)
+        self._scheduler.preempt(sequence)
 
     def _commit_one(
         self, work: Work, draft: list[int], chosen: list[int], logits: Tensor, stats: StepStats
@@ -345,9 +376,7 @@ class Engine:
         return [self._end_with_error(sequence, message) for sequence in sequences]
 
     def _end_with_error(self, sequence: Sequence, message: str) -> SequenceOutput:
-        own = sequence.table[sequence.published :]
-        self._blocks.forget(own)
-        self.runner.pool.zero(own)
+        self._erase(sequence)
         output = SequenceOutput(
             sequence.request.request_id,
             sequence.index,
@@ -359,6 +388,12 @@ class Engine:
         )
         self._finish(sequence, "error")
         return output
+
+    def _erase(self, sequence: Sequence) -> None:
+        """Leave nothing in the blocks that hold more than what was verified."""
+        own = sequence.table[sequence.published :]
+        self._blocks.forget(own)
+        self.runner.pool.zero(own)
 
     def _sampling_state(self, sequence: Sequence) -> SamplingState:
         return SamplingState(

@@ -7,9 +7,9 @@ served before what waits, which is let in while rows, blocks and places last. A 
 sequence that finds no block preempts the newest one, which is recomputed later
 and, because its noise depends on token indices alone, goes on with the same tokens.
 
-Riders, the rows of a fused drafter, take rows and blocks that are left when all that is
-decided. Their blocks, like all that hold nothing but lookahead, go back after the step; so
-whatever runs, runs as if there were no riders.
+Drafts take blocks that are left when all that is decided, and up to half of the rows; riders,
+the rows of a fused drafter, what is left behind those. Their blocks go back after the step. So
+drafting preempts nobody, and keeps nobody waiting for a block.
 """
 
 from __future__ import annotations
@@ -111,25 +111,15 @@ class Scheduler:
         Args:
             widths: by drafter, the most tokens to draft for each adaptive sequence, now and, by riders, next time.
         """
-        work: list[Work] = []
-        rows = self._max_rows
-        preempted = 0
-        for place, sequence in enumerate(list(self.running)):
-            if sequence not in self.running:
-                continue  # preempted by an older one just now
-            # One row is kept for each sequence behind, so nobody starves behind a long prompt.
-            free_rows = rows - (len(self.running) - place - 1)
-            known = min(_rows_left(sequence), free_rows)
-            lookahead = min(self._wanted_lookahead(sequence, widths), free_rows - known)
-            slots = sequence.computed + known + lookahead
-            while not self._reserve(sequence, slots) and sequence in self.running:
-                self._preempt(self.running[-1])
-                preempted += 1
-            if sequence in self.running:
-                work.append(Work(sequence, sequence.computed, known, lookahead))
-                rows -= known + lookahead
+        wanted = sum(self._wanted_lookahead(sequence, widths) for sequence in self.running)
+        # Prompts get what drafts leave, and half of the rows at least.
+        kept = min(wanted, self._max_rows // 2, self._max_rows - len(self.running))
+        work, preempted = self._go_on(self._max_rows - kept)
+        rows = self._max_rows - kept - sum(one.num_known for one in work)
         if not preempted:
             rows = self._admit(work, rows)
+        # Last, because a draft is worth no preemption and keeps nobody waiting.
+        rows = self._seat_drafts(work, rows + kept, widths)
         self._seat_riders(work, rows, widths)
         return Schedule(work, preempted)
 
@@ -144,6 +134,13 @@ class Scheduler:
             self._blocks.publish(sequence.table[sequence.published], sequence.digests[sequence.published])
             sequence.published += 1
 
+    def preempt(self, sequence: Sequence) -> None:
+        """Let a running sequence wait, first in line, and be computed anew."""
+        self.running.remove(sequence)
+        self._blocks.release(sequence.table)
+        sequence.computed = sequence.published = sequence.ridden = 0
+        self.waiting.appendleft(sequence)
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence and free its blocks, wherever it stands."""
         if sequence in self.running:
@@ -151,6 +148,24 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         self._blocks.release(sequence.table)
+
+    def _go_on(self, rows: int) -> tuple[list[Work], int]:
+        """The known tokens of what runs, blocks held for them, and how many sequences were preempted for that."""
+        work: list[Work] = []
+        preempted = 0
+        for place, sequence in enumerate(list(self.running)):
+            if sequence not in self.running:
+                continue  # preempted by an older one just now
+            # One row is kept for each sequence behind, so nobody starves behind a long prompt.
+            known = min(_rows_left(sequence), rows - (len(self.running) - place - 1))
+            slots = sequence.computed + known
+            while not self._reserve(sequence, slots) and sequence in self.running:
+                self.preempt(self.running[-1])
+                preempted += 1
+            if sequence in self.running:
+                work.append(Work(sequence, sequence.computed, known, 0))
+                rows -= known
+        return work, preempted
 
     def _admit(self, work: list[Work], rows: int) -> int:
         """Let in what waits while there is room; returns how many rows are left."""
@@ -168,6 +183,19 @@ class Scheduler:
             rows -= known
             self.running.append(sequence)
         self.waiting.extendleft(reversed(passed_over))
+        return rows
+
+    def _seat_drafts(self, work: list[Work], rows: int, widths: Mapping[str, int]) -> int:
+        """Make room for drafts, evenly, as far as rows and blocks last; returns how many rows are left."""
+        drafting = [(place, n) for place, one in enumerate(work) if (n := self._wanted_lookahead(one.sequence, widths))]
+        for turn, (place, wanted) in enumerate(drafting):
+            one = work[place]
+            slots = (len(one.sequence.table) + self._blocks.num_free) * self._block_size
+            lookahead = min(wanted, rows // (len(drafting) - turn), slots - one.start - one.num_known)
+            if lookahead > 0:
+                self._reserve(one.sequence, one.start + one.num_known + lookahead)
+                work[place] = replace(one, lookahead=lookahead)
+                rows -= lookahead
         return rows
 
     def _seat_riders(self, work: list[Work], rows: int, widths: Mapping[str, int]) -> None:
@@ -205,12 +233,6 @@ class Scheduler:
         riders = sequence.max_draft * (sequence.max_draft + 1) if sequence.rides else 0
         room = self._blocks_for(self._slots_at_most(sequence) + riders) - len(sequence.table) - needed
         return self._blocks.extend(sequence.table, needed, max(0, room))
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._blocks.release(sequence.table)
-        sequence.computed = sequence.published = sequence.ridden = 0
-        self.waiting.appendleft(sequence)
 
     def _is_ahead(self, leader: Sequence) -> bool:
         return leader.finish_reason is None and not leader.prompt_computed

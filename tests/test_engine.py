@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from skippy.engine import (
     SequenceOutput,
     StepStats,
 )
+from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.reference import reference_logits
 from skippy.engine.scheduler import Work
+from skippy.engine.sequence import Sequence
 from skippy.engine.weights import load_model, open_checkpoint
 
 PROMPT = (1, 5, 9, 5, 9, 5, 9)
@@ -252,6 +256,70 @@ def test_a_prompt_that_is_not_finite_is_noticed_in_its_first_chunk_and_erased(
     assert not engine.has_work
     engine.check()
     assert not engine.runner.pool.cache[:, : engine.runner.pool.padding_slot].isnan().any()
+
+
+class TestDraftersThatFail:
+    """They cost drafts, and no answer."""
+
+    def test_in_a_proposal(
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+        alone = tokens_of(run_dry(engine, [Request("r", PROMPT, params)]))
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("no idea")
+
+        monkeypatch.setattr(engine.drafting.drafters["ngram"], "propose", broken)
+        assert tokens_of(run_dry(engine, [Request("r", PROMPT, params, drafter="ngram")])) == alone
+        assert "drafting failed" in caplog.text
+        engine.check()
+
+    def test_in_what_they_are_shown(
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+        alone = tokens_of(run_dry(engine, [Request("r", PROMPT, params)]))
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("not understood")
+
+        monkeypatch.setattr(engine.drafting.audience, "show", broken)
+        assert tokens_of(run_dry(engine, [Request("r", PROMPT, params, drafter="ngram")])) == alone
+        assert "did not learn" in caplog.text
+
+    @pytest.mark.parametrize("prefix_caching", [True, False])
+    def test_with_a_token_that_the_model_cannot_bear(
+        self, folder: Path, prefix_caching: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = Engine(
+            EngineConfig(model=str(folder), device="cpu", block_size=4, enable_prefix_caching=prefix_caching)
+        )
+        params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
+        requests = [Request(str(i), (*PROMPT, i), params) for i in range(3)]
+        alone = tokens_of(run_dry(engine, requests))
+        seen = {token for tokens in alone.values() for token in tokens}.union(*(r.prompt_token_ids for r in requests))
+        model, poison = engine.runner.model, next(token for token in range(97) if token not in seen)
+
+        def embed_with_nan(ids: torch.Tensor) -> torch.Tensor:
+            x = torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
+            x[ids == poison] = float("nan")
+            return x
+
+        class Poisoner(NoDrafter):
+            name = "ngram"
+
+            def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
+                return [
+                    [poison] * (limit if len(s.tokens) == 12 else 0) for s, limit in zip(sequences, limits, strict=True)
+                ]
+
+        engine.drafting.add(Poisoner())
+        monkeypatch.setattr(model, "embed", embed_with_nan)
+        poisoned = [replace(r, drafter="ngram" if r.request_id == "1" else "none") for r in requests]
+        assert tokens_of(run_dry(engine, poisoned)) == alone
+        assert not engine.runner.pool.values[:, : engine.runner.pool.padding_slot].isnan().any()
+        engine.check()
 
 
 @pytest.mark.parametrize(

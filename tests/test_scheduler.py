@@ -346,12 +346,33 @@ class TestRows:
             engine.scheduler.waiting.pop()
         assert rows_of(engine.step()) == [6, 1, 1]
 
+    def test_drafts_leave_a_prompt_half_of_the_rows(self) -> None:
+        engine = engine_with(num_blocks=100, max_num_seqs=8, max_rows=32)
+        for salt in range(7):
+            engine.add(make_request(prompt_of(1, salt), 20), max_draft=16)
+        engine.step()
+        engine.add(make_request(prompt_of(60, 9), 2))
+        for left in (60, 45):
+            work = engine.scheduler.schedule().work
+            assert work[-1].num_known >= min(left, 32 // 2 - 7)
+            assert all(one.lookahead >= 2 for one in work[:-1])
+            engine.step()
+
+    def test_drafts_preempt_nobody(self) -> None:
+        engine = engine_with(num_blocks=4)
+        for salt in range(2):
+            engine.add(make_request(prompt_of(7, salt), 8), max_draft=4)
+        engine.step()
+        schedule = engine.scheduler.schedule()
+        assert schedule.preempted == 0, "the eighth token still has a slot"
+        assert [(work.num_known, work.lookahead) for work in schedule.work] == [(1, 0), (1, 0)]
+
     def test_lookahead_shares_the_rows(self) -> None:
         engine = engine_with(max_rows=8)
         for salt in range(3):
             engine.add(make_request(prompt_of(1, salt), 20), max_draft=4)
         engine.step()
-        assert [work.lookahead for work in engine.scheduler.schedule().work] == [4, 1, 0]
+        assert [work.lookahead for work in engine.scheduler.schedule().work] == [1, 2, 2]
 
     @pytest.mark.parametrize(("left", "lookahead"), [(1, 0), (2, 1), (3, 2), (20, 4)])
     def test_lookahead_ends_one_before_the_last_token(self, left: int, lookahead: int) -> None:
