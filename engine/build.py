@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,9 @@ CUDA_RESERVE_BYTES = 512 * 2**20
 logger = logging.getLogger("skippy.engine")
 
 
+Reserve = Callable[[Checkpoint, S3DAdapter | None, torch.device], int]
+
+
 @dataclass(frozen=True, slots=True)
 class Build:
     checkpoint: Checkpoint
@@ -43,11 +47,12 @@ class Build:
     """The layout and attention of the head's own cache."""
 
 
-def build(config: EngineConfig, report: Report | None = None) -> Build:
+def build(config: EngineConfig, report: Report | None = None, reserve: Reserve | None = None) -> Build:
     """Load the model and lay out the cache.
 
     Args:
         report: is told how much of the model is read.
+        reserve: how many bytes the cache leaves for what is made later.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -62,7 +67,8 @@ def build(config: EngineConfig, report: Report | None = None) -> Build:
     wanted_len = _wanted_len(config, checkpoint)
     adapter, eagle = _trained_parts(config, checkpoint, dtype, device, wanted_len)
     model, tiling = _load(config, checkpoint, adapter, dtype, device, wanted_len, report)
-    num_blocks = _num_blocks(config, checkpoint, eagle, dtype, device, wanted_len)
+    reserved = reserve(checkpoint, adapter, device) if reserve else 0
+    num_blocks = _num_blocks(config, checkpoint, eagle, dtype, device, wanted_len, reserved)
     max_model_len = _fitting_len(config, wanted_len, num_blocks)
     logger.info("context %s of %s", f"{max_model_len:,}", f"{checkpoint.config.max_position_embeddings:,}")
     runner = _lay_out(model, tiling, num_blocks, config.block_size, max_model_len, dtype, device)
@@ -156,7 +162,7 @@ def _learnt_adapter(
     given = config.adapter
     if (Path(os.path.expanduser(config.learn)) / "adapter.json").exists():
         if given is not None:
-            raise ConfigError(f"--learn goes on with the adapter in {config.learn}: leave --adapter out.")
+            logger.info("learning goes on with the adapter in %s, not with %s", config.learn, given)
         given = config.learn
     if given is not None and is_eagle(given):
         raise ConfigError(f"{given} holds an EAGLE-3 head, which cannot learn here; --learn needs an adapter for s3d.")
@@ -216,14 +222,6 @@ def cpu_cache_bytes(longest: int, available: int) -> int:
     return max(CPU_KV_BYTES, min(longest, available // 2))
 
 
-def _learning_bytes(checkpoint: Checkpoint, device: torch.device) -> int:
-    """What `learning` takes beside the engine: on a CPU a copy of the model, and copies and moments of an adapter."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in CausalLM(checkpoint.config, 1).parameters())
-    # An adapter is a tenth of the model at most; it is there four times in float32.
-    return (2 * parameters if device.type == "cpu" else 0) + 16 * parameters // 10
-
-
 def _block_bytes(config: EngineConfig, shape: ModelConfig, eagle: EagleHead | None, dtype: torch.dtype) -> int:
     """Keys and values of a block, those of an EAGLE-3 head included."""
     values = shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
@@ -239,10 +237,10 @@ def _num_blocks(
     dtype: torch.dtype,
     device: torch.device,
     max_len: int,
+    reserve: int,
 ) -> int:
-    """Blocks within the memory allowed, but no more than max_num_seqs full sequences can use."""
+    """Blocks within the memory allowed, less a reserve in bytes; no more than max_num_seqs full sequences can use."""
     block_bytes = _block_bytes(config, checkpoint.config, eagle, dtype)
-    reserve = _learning_bytes(checkpoint, device) if config.learn is not None else 0
     usable = config.max_num_seqs * -(-max_len // config.block_size)
     if config.kv_cache_memory_bytes is not None:
         budget = config.kv_cache_memory_bytes

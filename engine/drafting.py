@@ -62,7 +62,8 @@ class Drafting:
         share: bool,
         learns: bool = False,
     ) -> None:
-        self._built, self._states = built, states
+        # Not the whole of `built`: its adapter may be replaced.
+        self._runner, self._base, self._states = built.runner, built.checkpoint, states
         self.drafters: dict[str, Drafter] = {}
         self._shared = SharedOutputs() if share else None
         self._lookup = SuffixDrafter(self._shared)
@@ -209,23 +210,23 @@ class Drafting:
     # Those within a hybrid are its own: drafters learn from their own sequences.
 
     def _of_adapter(self, adapter: S3DAdapter) -> list[Drafter]:
-        runner, lookup = self._built.runner, self._lookup
+        runner, lookup = self._runner, self._lookup
         if adapter.config.fused:
             fused = S3DFusedDrafter(runner, adapter, self._states)
             # Masks ride before anybody knows what a lookup will find.
             return [fused, HybridDrafter(lookup, fused)]
         separate, within = (S3DDrafter(runner, adapter, self._states) for _ in range(2))
-        cost = len(adapter.kept) / self._built.checkpoint.config.num_hidden_layers
+        cost = len(adapter.kept) / self._base.config.num_hidden_layers
         return [separate, HybridDrafter(lookup, within, draft_cost=cost)]
 
     def _of_head(self, head: EagleHead, cache: Runner) -> list[Drafter]:
-        model = self._built.runner.model
+        model = self._runner.model
         alone, within = (Eagle3Drafter(head, model, cache, self._states) for _ in range(2))
-        cost = eagle3.MAX_DRAFT / self._built.checkpoint.config.num_hidden_layers
+        cost = eagle3.MAX_DRAFT / self._base.config.num_hidden_layers
         return [alone, HybridDrafter(self._lookup, within, draft_cost=cost)]
 
     def _without_adapter(self) -> HybridDrafter:
-        return HybridDrafter(self._lookup, RecyclingDrafter(self._built.checkpoint.vocab_size, self._states))
+        return HybridDrafter(self._lookup, RecyclingDrafter(self._base.vocab_size, self._states))
 
     def _free_width(self, name: str) -> int:
         drafter = self.drafters[name]

@@ -166,8 +166,9 @@ def load_eagle(folder: str, base: Checkpoint, dtype: torch.dtype, device: torch.
         AdapterError: it is damaged, of another architecture, or does not fit the model.
     """
     path = Path(os.path.expanduser(folder))
+    raw = _read_json(path / "config.json")
     tensors = _read_tensors(path)
-    config = _read_config(path, base, tensors)
+    config = _read_config(path, raw, base, tensors)
     with torch.device("meta"):
         head = EagleHead(config, max_len)
     wanted = head.state_dict()
@@ -201,18 +202,25 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in _NOT_READ}
 
 
-def _read_config(path: Path, base: Checkpoint, tensors: dict[str, Tensor]) -> EagleConfig:
-    file = path / "config.json"
+def _read_json(file: Path) -> dict[str, Any]:
+    """Of a head; whatever else the folder holds is refused before its weights are read."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         architectures = raw.get("architectures")
-        if architectures != [ARCHITECTURE]:
-            raise AdapterError(
-                f"{path} holds {architectures}, which is no adapter: there are Skippy's own and {ARCHITECTURE}."
-            )
-        config = _parse(raw, base, "embed_tokens.weight" in tensors)
-    except (ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, OSError, RecursionError, ValueError) as error:
         raise AdapterError(f"{file} is not a usable configuration: {error!r}.") from error
+    if architectures != [ARCHITECTURE]:
+        raise AdapterError(
+            f"{file.parent} holds {architectures}, which is no adapter: there are Skippy's own and {ARCHITECTURE}."
+        )
+    return raw
+
+
+def _read_config(path: Path, raw: dict[str, Any], base: Checkpoint, tensors: dict[str, Tensor]) -> EagleConfig:
+    try:
+        config = _parse(raw, base, "embed_tokens.weight" in tensors)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path / 'config.json'} is not a usable configuration: {error!r}.") from error
     layers, hidden = base.config.num_hidden_layers, base.config.hidden_size
     if config.target_hidden_size != hidden or (not config.has_embeddings and config.layer.hidden_size != hidden):
         raise AdapterError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from skippy.engine.accept import accept
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
 from skippy.engine.blocks import BlockAllocator
-from skippy.engine.build import Build, build
+from skippy.engine.build import Build, Reserve, build
 from skippy.engine.config import EngineConfig
 from skippy.engine.drafters.auto import describe_choice, describe_learning
 from skippy.engine.drafters.base import Drafter
@@ -50,6 +50,7 @@ class Engine:
 
     Args:
         report: is told how much of the model is read.
+        serves: begin with the plan that `skippy tune` left for the server, if there is one.
 
     Attributes:
         info: what was loaded.
@@ -61,13 +62,13 @@ class Engine:
         ConfigError: the configuration cannot be met on this machine.
     """
 
-    def __init__(self, config: EngineConfig, report: Report | None = None) -> None:
+    def __init__(self, config: EngineConfig, report: Report | None = None, *, serves: bool = False) -> None:
         if (config.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
             raise ConfigError(
                 f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {config.num_speculative_tokens}."
             )
         self._config = config
-        built = build(config, report)
+        built = build(config, report, _reserve(config))
         self.runner = built.runner
         self._checkpoint = built.checkpoint
         self._max_model_len = built.max_model_len
@@ -83,9 +84,8 @@ class Engine:
         self._sequences: dict[str, list[Sequence]] = {}
         self.states: dict[Sequence, SamplingState] = {}
         learns = config.learn is not None
-        self.drafting = Drafting(
-            built, self.states, load_priors(config, built), share=config.share_drafts, learns=learns
-        )
+        priors = load_priors(config, built, serves=serves)
+        self.drafting = Drafting(built, self.states, priors, share=config.share_drafts, learns=learns)
         self._default_drafter = self.drafting.choose(config.drafter, str(built.checkpoint.path))
         if config.learn is not None and built.adapter is None:
             logger.info(describe_learning(self._default_drafter, config.learn))
@@ -442,8 +442,18 @@ class Engine:
         )
 
 
+# Serving alone needs nothing of training.
+
+
+def _reserve(config: EngineConfig) -> Reserve | None:
+    if config.learn is None:
+        return None
+    from skippy.engine.learning import learning_bytes  # noqa: PLC0415
+
+    return learning_bytes
+
+
 def _learner(config: EngineConfig, built: Build, drafting: Drafting) -> Learner:
-    # Serving alone needs nothing of training.
     from skippy.engine.learning import Learner  # noqa: PLC0415
 
     return Learner(config, built, drafting.adopt)

@@ -15,13 +15,14 @@ gradient goes through, so a copy in bfloat16 teaches.
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import logging
 import os
 import random
 import statistics
-import tempfile
 import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from skippy.engine.adapter import AdapterConfig, S3DAdapter
+from skippy.engine.adapter import S3DAdapter, part_sizes
 from skippy.engine.adapter_files import fingerprint, save_adapter
 from skippy.engine.build import Build
 from skippy.engine.config import EngineConfig
@@ -39,7 +40,7 @@ from skippy.engine.model import CausalLM
 from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
 from skippy.engine.training.files import check_recipe, load_tensors, save_tensors
-from skippy.engine.training.options import TrainOptions, num_parameters
+from skippy.engine.training.options import TrainOptions, fresh_shape, num_parameters
 from skippy.engine.training.passes import teach
 from skippy.engine.training.run import load_base
 from skippy.engine.training.trainer import (
@@ -53,7 +54,7 @@ from skippy.engine.training.walk import accepted_counts
 from skippy.engine.types import SamplingParams
 from skippy.engine.weights import Checkpoint
 
-CHECKPOINT, PROGRESS = "learning.safetensors", "learning.jsonl"
+CHECKPOINT, PROGRESS, LOCK = "learning.safetensors", "learning.jsonl", "learning.lock"
 """Beside the adapter."""
 TEXTS, KEPT = 512, 1024
 """The latest texts to learn from that are kept, and how many tokens of each."""
@@ -99,13 +100,19 @@ _PLAIN: dict[str, Any] = {
 logger = logging.getLogger("skippy.engine")
 
 
-def fresh_shape(checkpoint: Checkpoint) -> AdapterConfig:
-    """Of an adapter that begins with nothing: as trained by default, but over the whole vocabulary.
+def learning_bytes(checkpoint: Checkpoint, adapter: S3DAdapter | None, device: torch.device) -> int:
+    """What learning takes beside the engine.
 
-    Which tokens are frequent is not known yet.
+    That is, in float32, an adapter, its gradient and moments, what drafts now and what is about to; on a CPU, too, a
+    teacher in bfloat16, and once more the matrices that the latter's LoRA is folded into, in half precision.
     """
-    options = TrainOptions(draft_vocab_size=0)
-    return options.adapter_config(checkpoint.config, num_parameters(checkpoint.config) * checkpoint.dtype.itemsize)
+    base = checkpoint.config
+    shape = fresh_shape(checkpoint) if adapter is None else adapter.config
+    needed = 6 * 4 * sum(part_sizes(shape, base).values())
+    if device.type == "cpu":
+        kept = base.num_hidden_layers - (shape.skip_end - shape.skip_start)
+        needed += 2 * num_parameters(base) + 2 * num_parameters(base) * kept // base.num_hidden_layers
+    return needed
 
 
 class _Text(NamedTuple):
@@ -149,11 +156,13 @@ class Learner:
     def __init__(self, config: EngineConfig, built: Build, adopt: Callable[[S3DAdapter], None]) -> None:
         assert config.learn is not None
         self._folder = Path(os.path.expanduser(config.learn))
-        self._built, self._adopt, self._options = built, adopt, TrainOptions()
+        # Not the whole of `built`: its adapter is replaced one day.
+        self._checkpoint, self._runner = built.checkpoint, built.runner
+        self._adopt, self._options = adopt, TrainOptions()
         self._device = built.runner.pool.keys.device
         self._model = self._teacher(config)
         self._quantised = config.quantization != "none"
-        self._adapter, self._serving = self._adapters()
+        self._adapter, self._serving = self._adapters(built.adapter)
         self._is_new = self._serving is None
         self._optimizer = torch.optim.AdamW(self._adapter.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
         self._texts: deque[_Text] = deque(maxlen=TEXTS)
@@ -248,7 +257,7 @@ class Learner:
         for text in texts:
             # Penalties and bans, which want to know the whole text, are left out for both adapters.
             params = replace(text.params, **_PLAIN)
-            size = self._built.checkpoint.vocab_size
+            size = self._checkpoint.vocab_size
             state = SamplingState(params, text.tokens[: text.start], text.seed, text.choice, (), size, self._device)
             accepted = []
             walked = accepted_counts(self._model, adapter, text.tokens, text.start, state, places=PLACES, cut=text.cut)
@@ -267,12 +276,12 @@ class Learner:
         self._longest = 0.0
 
     def _hand_over(self) -> Iterator[None]:
-        drafting = copy.deepcopy(self._adapter).requires_grad_(False).eval().to(self._built.runner.pool.keys.dtype)
-        if self._model is not self._built.runner.model and not self._quantised:
+        drafting = copy.deepcopy(self._adapter).requires_grad_(False).eval().to(self._runner.pool.keys.dtype)
+        if self._model is not self._runner.model and not self._quantised:
             for layer in drafting.kept:
                 drafting.fold(self._model, layer)
                 yield
-        save_adapter(self._folder, self._adapter, self._built.checkpoint, {"learnt_steps": self.step})
+        save_adapter(self._folder, self._adapter, self._checkpoint, {"learnt_steps": self.step})
         yield
         self._serving = copy.deepcopy(self._adapter)
         self._adopt(drafting)
@@ -280,23 +289,22 @@ class Learner:
     # --- what they are made of ---
 
     def _teacher(self, config: EngineConfig) -> CausalLM:
-        model = self._built.runner.model
+        model = self._runner.model
         if self._device.type != "cuda":
             # For as long texts as the model that serves: some rotary embeddings depend on that.
-            return load_base(self._built.checkpoint, config, model.max_len)
-        if self._built.runner.pool.keys.dtype == torch.float16:
+            return load_base(self._checkpoint, replace(config, dtype="auto"), model.max_len)
+        if self._runner.pool.keys.dtype == torch.float16:
             raise ConfigError(
                 "float16 has too small a range to learn in: serve in bfloat16 (--dtype), or without --learn."
             )
         return model
 
-    def _adapters(self) -> tuple[S3DAdapter, S3DAdapter | None]:
+    def _adapters(self, found: S3DAdapter | None) -> tuple[S3DAdapter, S3DAdapter | None]:
         """The one that learns, in float32, and a copy of it if it drafts already."""
-        base, found = self._built.checkpoint.config, self._built.adapter
-        shape = fresh_shape(self._built.checkpoint) if found is None else found.config
+        shape = fresh_shape(self._checkpoint) if found is None else found.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._options.seed)
-            adapter = S3DAdapter(shape, base).to(self._device)
+            adapter = S3DAdapter(shape, self._checkpoint.config).to(self._device)
         if found is None:
             return adapter, None
         adapter.load_state_dict(found.state_dict())
@@ -321,12 +329,15 @@ class Learner:
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
-        """Go on from the folder's checkpoint, if it has one, and see that another can be written."""
+        """Go on from the folder's checkpoint, if it has one, and see that another can be written, by nobody else."""
         path = self._folder / CHECKPOINT
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._folder):
-                pass
+            lock = os.open(self._folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+            weakref.finalize(self, os.close, lock)  # it is held as long as it is open
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"Another server learns in {self._folder}: give --learn another folder.") from error
         except OSError as error:
             raise ConfigError(f"--learn cannot write to {self._folder}: {error.strerror}.") from error
         if not path.exists():

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from skippy.engine.adapter import S3DAdapter
+from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.bench import Run, decode, encode_prompts
 from skippy.engine.config import EngineConfig, Quantization
 from skippy.engine.controller import Controller, batch_class, widths_up_to
@@ -184,6 +185,10 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
         num_speculative_tokens=None,
         tuned_plan=None,
         max_num_seqs=max(config.max_num_seqs, *options.batch_sizes),
+        # No draft may be cut for want of rows: what is cut would count as refused.
+        max_num_batched_tokens=max(
+            config.max_num_batched_tokens, (MAX_SPECULATIVE_TOKENS + 1) * max(options.batch_sizes)
+        ),
     )
     engine = Engine(config)
     drafter = S3DDrafter.name

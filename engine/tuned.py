@@ -115,8 +115,12 @@ def save_plan(path: Path, plan: TunedPlan) -> None:
     new.replace(path)
 
 
-def load_priors(config: EngineConfig, built: Build) -> Mapping[str, Prior]:
+def load_priors(config: EngineConfig, built: Build, *, serves: bool) -> Mapping[str, Prior]:
     """By drafter, what its controller may begin with; empty without a plan that fits, or an adapter.
+
+    Args:
+        serves: whether a plan that the configuration does not name is looked for in the cache. Only for a
+            server: what is tuned for its threads fits no other command.
 
     Raises:
         ConfigError: the configuration names a plan that cannot be read.
@@ -128,7 +132,7 @@ def load_priors(config: EngineConfig, built: Build) -> Mapping[str, Prior]:
     path = default_path(built.checkpoint)
     if config.tuned_plan is not None:
         path = Path(os.path.expanduser(config.tuned_plan))
-    elif not path.exists():
+    elif not serves or not os.access(path, os.R_OK):
         return {}
     try:
         plan = msgspec.json.decode(path.read_bytes(), type=TunedPlan)

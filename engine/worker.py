@@ -53,7 +53,7 @@ class Worker:
         try:
             config, early = self._await_start()
             try:
-                engine = Engine(leave_a_core(config), lambda done, total: self._send(Loading(done, total)))
+                engine = Engine(leave_a_core(config), lambda done, total: self._send(Loading(done, total)), serves=True)
             except SkippyError as error:
                 self._send(Fatal(str(error)))
                 return 2

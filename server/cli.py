@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -82,24 +82,19 @@ def _serve(invocation: Invocation) -> int:
     return run_server(invocation.settings)
 
 
-def _alone(invocation: Invocation) -> EngineConfig:
-    """The engine of a command that serves nobody, and so has nobody to learn from."""
-    return replace(invocation.settings.engine_config(), learn=None)
-
-
 def _generate(invocation: Invocation) -> int:
     options = {name: value for name, value in invocation.options.items() if value is not None}
     prompt = options.pop("prompt")
     params = SamplingParams(**options)
     from skippy.server.generate import generate
 
-    return generate(_alone(invocation), prompt, params)
+    return generate(invocation.settings.engine_config(), prompt, params)
 
 
 def _bench(invocation: Invocation) -> int:
     from skippy.engine import BenchOptions, run_bench
 
-    return run_bench(_alone(invocation), BenchOptions(**invocation.options))
+    return run_bench(invocation.settings.engine_config(), BenchOptions(**invocation.options))
 
 
 def _train(invocation: Invocation) -> int:
@@ -107,19 +102,19 @@ def _train(invocation: Invocation) -> int:
 
     options = dict(invocation.options)
     output = options.pop("output")
-    return run_training(_alone(invocation), TrainOptions(**options), output)
+    return run_training(invocation.settings.engine_config(), TrainOptions(**options), output)
 
 
 def _plan(invocation: Invocation) -> int:
     from skippy.engine import PlanOptions, run_plan
 
-    return run_plan(_alone(invocation), PlanOptions(**invocation.options))
+    return run_plan(invocation.settings.engine_config(), PlanOptions(**invocation.options))
 
 
 def _tune(invocation: Invocation) -> int:
     from skippy.engine import TuneOptions, run_tune
 
-    return run_tune(_alone(invocation), TuneOptions(**invocation.options))
+    return run_tune(invocation.settings.engine_config(), TuneOptions(**invocation.options))
 
 
 def _verify(invocation: Invocation) -> int:
@@ -173,7 +168,7 @@ _GENERATE_OPTIONS = (
 
 _DRAFTERS_HELP = (
     "drafters to compare, with G tokens drafted per step, or as many as the engine chooses; all must emit the same "
-    "tokens (default: none,ngram and, where there is an adapter, s3d)"
+    "tokens (default: none,ngram,hybrid and, where there is an adapter, s3d)"
 )
 
 _BENCH_OPTIONS = (
@@ -448,7 +443,8 @@ def _resolve(arguments: argparse.Namespace, names: Sequence[str]) -> Resolved:
             layer[name] = Value(str(given).lower(), flag_of(name if given else f"no_{name}"))
         elif given:
             layer[name] = Value(given, "MODEL" if name == "model" else flag_of(name))
-    return load(layer, os.environ, arguments.config)
+    # Only a server learns: what the environment says to it may not even suit other commands' settings.
+    return load(layer, os.environ, arguments.config, without={"learn"}.difference(names))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -208,14 +208,21 @@ class Resolved:
         return "".join(lines)
 
 
-def load(arguments: Layer, environ: Mapping[str, str], config: str | None = None) -> Resolved:
-    """Resolve the settings of one command. `config` is the file named on the command line.
+def load(
+    arguments: Layer, environ: Mapping[str, str], config: str | None = None, without: Collection[str] = ()
+) -> Resolved:
+    """Resolve the settings of one command.
+
+    Args:
+        config: the file named on the command line.
+        without: names of settings that mean nothing to the command, and keep their defaults.
 
     Raises:
         ConfigError: an unknown name, a bad value or an unreadable file.
     """
     path = config or environ.get(CONFIG_VARIABLE)
-    return Resolved.merge(arguments, from_environment(environ), from_yaml(path) if path else {})
+    layers = (arguments, from_environment(environ), from_yaml(path) if path else {})
+    return Resolved.merge(*({name: layer[name] for name in layer if name not in without} for layer in layers))
 
 
 def setting_names() -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skippy.engine.drafters.auto import describe_choice
+from skippy.engine.drafters.auto import describe_choice, describe_learning
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,10 @@ def test_one_line_says_what_and_why(chosen: str, has_adapter: bool, expected: st
     assert expected in line
     assert ("skippy train 'my model' -o adapter" in line) == advice
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"), [("hybrid", "what repeats is looked up"), ("s3d", "nothing is drafted")]
+)
+def test_nothing_is_learnt_yet(chosen: str, expected: str) -> None:
+    assert describe_learning(chosen, "here") == f"drafter {chosen}: {expected} until an adapter is learnt in here"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from skippy.engine import EngineDead, TrainOptions
+from skippy.engine import EngineConfig, EngineDead, TrainOptions
 from skippy.server import cli
 from skippy.server.settings import Settings, flag_of, setting_names
 
@@ -131,6 +131,24 @@ def test_generate_ignores_settings_of_the_server_but_knows_them(monkeypatch: pyt
     assert (options["prompt"], options["seed"], options["top_k"], options["ignore_eos"]) == ("x", 3, None, True)
     assert (options["max_tokens"], options["temperature"]) == (128, 0.0)
     assert calls[0].settings.drafter == "none"
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_what_serves_nobody_does_not_mind_where_the_server_learns(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[EngineConfig] = []
+    name = {"generate": "skippy.server.generate.generate", "bench": "skippy.engine.run_bench"}[command]
+
+    def run(config: EngineConfig, *_: object) -> int:
+        configs.append(config)
+        return 0
+
+    monkeypatch.setattr(name, run)
+    monkeypatch.setenv("SKIPPY_LEARN", "somewhere")
+    options = {"generate": ["-p", "x", "--drafter", "none"], "bench": ["--prompts", "x", "--no-share-drafts"]}
+    assert cli.main([command, *options[command]]) == 0
+    assert [config.learn for config in configs] == [None]
 
 
 def test_train_has_the_defaults_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,10 +270,16 @@ def _with_config(**changes: Any) -> Callable[[Path], None]:
     return apply
 
 
+def _as_a_model_of_which_nothing_is_read(folder: Path) -> None:
+    _with_config(architectures=["LlamaForCausalLM"])(folder)
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (_with_config(architectures=["LlamaForCausalLM"]), "is no adapter"),
+        (_as_a_model_of_which_nothing_is_read, "is no adapter"),
         (_with_config(target_hidden_size=32), "hidden_size is 32; this one's is 64"),
         (_with_config(num_hidden_layers=2), "only one is supported"),
         (_with_config(attention_bias=True), "biases are not supported"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from support_engine import run_dry, tokens_of, write_adapter, write_checkpoint
+from support_families import PUBLISHED
 
 from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams, chain
 from skippy.engine import learning as learning_module
+from skippy.engine.adapter import AdapterConfig, S3DAdapter
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.errors import TrainingError
-from skippy.engine.learning import CHECKPOINT, FEWEST_TEXTS, Learner, _Text
+from skippy.engine.families import parse_config
+from skippy.engine.learning import CHECKPOINT, FEWEST_TEXTS, LOCK, Learner, _Text
 from skippy.engine.sequence import Sequence
+from skippy.engine.weights import open_checkpoint
 
 PARAMS = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
 
@@ -129,22 +135,31 @@ def test_no_text_is_written(bare: Path, tmp_path: Path) -> None:
     learn(engine, lambda: learner_of(engine).step >= 9)
     learner_of(engine)._save()
     files = {path.name for path in tmp_path.iterdir()}
-    assert files <= {"adapter.json", "adapter.safetensors", CHECKPOINT, "learning.jsonl"}
+    assert files <= {"adapter.json", "adapter.safetensors", CHECKPOINT, "learning.jsonl", LOCK}
+    assert (tmp_path / LOCK).read_bytes() == b""
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
         kinds = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 (no mapping)
     assert kinds <= {"step", "adapter", "exp_avg", "exp_avg_sq"}
 
 
 def test_it_goes_on_after_a_restart(bare: Path, tmp_path: Path) -> None:
-    engine = learning(bare, tmp_path)
+    given = write_adapter(bare, tmp_path / "given", seed=3)
+    folder = tmp_path / "learnt"
+    engine = learning(bare, folder, adapter=str(given))
     serve(engine, 40)
-    learn(engine, (tmp_path / "adapter.json").exists)
-    learner_of(engine)._save()
-    step = learner_of(engine).step
-    again = learning(bare, tmp_path)
+    learner = learner_of(engine)
+    for _ in learner._hand_over():
+        pass
+    for _ in learner._train_step():
+        pass
+    learner._save()
+    step, learnt = learner.step, learner._adapter.state_dict()
+    del engine, learner
+    gc.collect()
+    again = learning(bare, folder, adapter=str(given))
     assert isinstance(again.drafting.drafters["s3d"], S3DDrafter), "what was learnt drafts from the start"
     assert learner_of(again).step == step
-    for name, tensor in learner_of(engine)._adapter.state_dict().items():
+    for name, tensor in learnt.items():
         assert torch.equal(tensor, learner_of(again)._adapter.state_dict()[name]), name
 
 
@@ -252,6 +267,19 @@ def test_what_is_aborted_counts_as_a_text(bare: Path, tmp_path: Path) -> None:
     assert len(learner_of(engine)._texts) == 1
 
 
+def test_what_it_reserves_follows_the_adapter(bare: Path) -> None:
+    """Of a model of 8B, about a hundredth is trained."""
+    tiny = open_checkpoint(str(bare))
+    large = replace(tiny, config=parse_config(PUBLISHED["Llama-3.1-8B"]), dtype=torch.bfloat16)
+    on_gpu, on_cpu = (learning_module.learning_bytes(large, None, torch.device(d)) for d in ("cuda", "cpu"))
+    assert 1e9 < on_gpu < 2e9
+    assert 16e9 < on_cpu - on_gpu < 32e9
+    shape = AdapterConfig(1, 3, 2, lora_rank=2, head_size=4, bridge_rank=0, recurrent=False)
+    adapter = S3DAdapter(shape, tiny.config)
+    numbers = sum(p.numel() for p in adapter.parameters())
+    assert learning_module.learning_bytes(tiny, adapter, torch.device("cuda")) == 24 * numbers
+
+
 class TestMistakes:
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -274,14 +302,17 @@ class TestMistakes:
     def test_what_another_model_learnt(self, bare: Path, tmp_path: Path) -> None:
         engine = learning(bare, tmp_path)
         learner_of(engine)._save()
+        del engine
+        gc.collect()
         other = write_checkpoint(tmp_path / "model", num_hidden_layers=5)
         with pytest.raises(ConfigError, match="was made with another"):
             learning(other, tmp_path)
 
-    def test_two_adapters_to_begin_with(self, bare: Path, tmp_path: Path) -> None:
-        folder = write_adapter(bare, tmp_path / "a")
-        with pytest.raises(ConfigError, match="leave --adapter out"):
-            learning(bare, folder, adapter=str(write_adapter(bare, tmp_path / "b")))
+    def test_a_folder_that_another_server_learns_in(self, bare: Path, tmp_path: Path) -> None:
+        engine = learning(bare, tmp_path)
+        with pytest.raises(ConfigError, match="Another server learns in"):
+            learning(bare, tmp_path)
+        assert engine.learn() is False
 
     def test_a_fused_adapter(self, bare: Path, tmp_path: Path) -> None:
         fused = write_adapter(bare, tmp_path / "fused", fused=True, skip_start=0, skip_end=0, bridge_rank=0)

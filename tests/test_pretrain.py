@@ -153,7 +153,7 @@ class TestSchedule:
             assert learning_rate_share(step, steps, min(decay, steps)) == learning_rate_share(step, 2000, 0)
 
 
-def trainer(**changes: int) -> Pretrainer:
+def trainer(**changes: float) -> Pretrainer:
     torch.manual_seed(0)
     options = PretrainOptions(**{**{n: getattr(OPTIONS, n) for n in OPTIONS.__dataclass_fields__}, **changes})
     return Pretrainer(new_model(TINY_CONFIG, CPU), spans(), options)

@@ -30,6 +30,7 @@ from skippy.engine.errors import TrainingError
 from skippy.engine.families import parse_config
 from skippy.engine.model import CausalLM
 from skippy.engine.sampling import SamplingState
+from skippy.engine.training import run as run_module
 from skippy.engine.training import trainer as trainer_module
 from skippy.engine.training.data import SHORTEST_OPENING, Sample, generate_samples, temperature_of, without_overlap
 from skippy.engine.training.display import Display
@@ -558,6 +559,23 @@ class TestRun:
             run_training(config, replace(OPTIONS, steps=13), str(tmp_path))
         assert run_training(config, OPTIONS, str(tmp_path)) == 0
         assert "from step 7 to 12" in capsys.readouterr().err
+        assert result_of(tmp_path) == result_of(finished)
+
+    @pytest.mark.usefixtures("interruptible")
+    def test_an_interrupt_while_the_adapter_is_written_comes_too_late(
+        self, config: EngineConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        finish = run_module._Run._finish
+
+        def interrupted(run: run_module._Run) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            finish(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module._Run, "_finish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run_training(config, OPTIONS, str(tmp_path))
+        assert not (tmp_path / "checkpoint.safetensors").exists()
         assert result_of(tmp_path) == result_of(finished)
 
     @pytest.mark.usefixtures("interruptible")

@@ -88,8 +88,9 @@ class TestWhenItIsTaken:
     def test_by_itself_and_only_for_the_drafters_it_has(self, model: Path) -> None:
         assert not knows(Engine(config_of(model)))
         save(model, default_path(open_checkpoint(str(model))))
-        engine = Engine(config_of(model))
+        engine = Engine(config_of(model), serves=True)
         assert knows(engine)
+        assert not knows(Engine(config_of(model))), "what serves nobody runs with other threads"
         assert engine.drafting._controllers["s3d"].width(1) == 3, "it promises most from the first step on"
         assert knows(engine, "hybrid")
         assert not knows(engine, "suffix")
@@ -157,7 +158,7 @@ class TestDamage:
             path.write_text(content)
         with pytest.raises(ConfigError, match=r"the tuned plan .*plan.json cannot be read"):
             Engine(config_of(model, tuned_plan=str(named)))
-        assert not knows(Engine(config_of(model)))
+        assert not knows(Engine(config_of(model), serves=True))
         assert [record.getMessage().endswith("it is ignored") for record in caplog.records] == [True]
 
     @pytest.mark.parametrize("seconds", [{"1": {"0": 0.0}}, {"1": {"0": -1.0}}, {"x": {}}, {"1": {"0": None}}])

@@ -24,7 +24,8 @@ def describe_choice(chosen: str, has_adapter: bool, model: str, training: Callab
 
 def describe_learning(chosen: str, folder: str) -> str:
     """The line where an adapter is to be learnt and nothing is learnt yet."""
-    return f"drafter {chosen}: what repeats is looked up until an adapter is learnt in {folder}"
+    until = "nothing is drafted" if chosen == "s3d" else "what repeats is looked up"
+    return f"drafter {chosen}: {until} until an adapter is learnt in {folder}"
 
 
 def train_command(model: str) -> str:

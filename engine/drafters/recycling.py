@@ -16,6 +16,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
 
 from skippy.engine.drafters.calibration import Calibration, Guess
+from skippy.engine.drafters.suffix import MIN_REACH
 from skippy.engine.sampling import SamplingState, exponential_of, fold
 from skippy.engine.sequence import Sequence
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NUM_CANDIDATES = 8
-MIN_REACH = 0.2
-"""A token is drafted if it is accepted so often; see `suffix`."""
 MAX_DRAFT = 8
 _UNKNOWN = -1
 

@@ -181,7 +181,8 @@ class SuffixDrafter:
     def look_up(self, sequence: Sequence, limit: int) -> Lookup:
         """The draft of one sequence, of at most `limit` tokens."""
         self._calibration.settle(sequence)
-        own = self._own.setdefault(sequence, SuffixIndex(sequence.tokens))
+        if (own := self._own.get(sequence)) is None:
+            own = self._own[sequence] = SuffixIndex(sequence.tokens)
         own.update()
         best, ends, found = 0, [], own
         for index in (own, *(self._shared.generations if self._shared else ())):

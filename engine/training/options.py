@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from skippy.engine.adapter import DEFAULT_WIDTH, AdapterConfig, part_shapes, part_sizes
 from skippy.engine.errors import ConfigError
 from skippy.engine.model import ModelConfig
+from skippy.engine.weights import Checkpoint
 
 LARGEST_SHARE, SMALLEST_SHARE = 0.1, 0.01
 SMALL_BASE = 10_000_000
@@ -151,3 +152,12 @@ def num_parameters(base: ModelConfig) -> int:
     matrices = sum(rows * columns for rows, columns in part_shapes(base).values())
     embeddings = base.vocab_size * base.hidden_size * (1 if base.tie_word_embeddings else 2)
     return base.num_hidden_layers * matrices + embeddings
+
+
+def fresh_shape(checkpoint: Checkpoint) -> AdapterConfig:
+    """Of an adapter that is to learn while it serves: as trained by default, but over the whole vocabulary.
+
+    Which tokens are frequent is not known yet.
+    """
+    options = TrainOptions(draft_vocab_size=0)
+    return options.adapter_config(checkpoint.config, num_parameters(checkpoint.config) * checkpoint.dtype.itemsize)

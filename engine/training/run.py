@@ -109,6 +109,8 @@ def run_training(config: EngineConfig, options: TrainOptions, output: str) -> in
     try:
         run.to_the_end()
     except KeyboardInterrupt:
+        if _is_finished(job):
+            raise
         run.save()
         display.keep(f"interrupted at step {trainer.step}: the same command goes on from there")
         raise
