@@ -170,7 +170,7 @@ def run_bench(config: EngineConfig, options: BenchOptions) -> int:
         rows += _measure(engine, prompts, plans, batch_size, options)
     record = _record(engine, rows, hashes, options)
     _print_foot(record)
-    _print(json.dumps(record))
+    tell(json.dumps(record))
     plot(record)
     return 1 if record["differing_outputs"] else 0
 
@@ -289,7 +289,7 @@ def _measure(
     rows = [_row(plan, batch_size, runs[plan], base) for plan in plans]
     hold_against_ngram(rows)
     for row in rows:
-        _print("  ".join(_cell(value(row), width, form) for _, width, form, value in COLUMNS).rstrip())
+        tell("  ".join(cell(value(row), width, form) for _, width, form, value in COLUMNS).rstrip())
     return rows
 
 
@@ -422,7 +422,7 @@ def encode_prompts(engine: Engine, texts: Iterable[str], max_tokens: int, source
     if not fitting:
         raise ConfigError(f"{source} holds no prompt that fits {room} tokens.")
     if len(fitting) < len(prompts):
-        _print(f"{len(prompts) - len(fitting)} prompts are longer than {room} tokens and left out")
+        tell(f"{len(prompts) - len(fitting)} prompts are longer than {room} tokens and left out")
     return fitting
 
 
@@ -483,26 +483,28 @@ def _record(
 
 def _print_head(engine: Engine, num_prompts: int, options: BenchOptions) -> None:
     info = engine.info
-    _print(f"{num_prompts} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
-    _print(f"KV cache of {info.kv_bytes / 2**20:.0f} MiB: {info.num_blocks} blocks of {info.block_size} tokens")
-    _print("  ".join(title.rjust(width) for title, width, _, _ in COLUMNS))
+    tell(f"{num_prompts} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
+    tell(f"KV cache of {info.kv_bytes / 2**20:.0f} MiB: {info.num_blocks} blocks of {info.block_size} tokens")
+    tell("  ".join(title.rjust(width) for title, width, _, _ in COLUMNS))
 
 
 def _print_foot(record: Mapping[str, Any]) -> None:
     for row in record["rows"]:
         against = row["not_looping_against_ngram"]
         if against is not None:
-            _print(
+            tell(
                 f"batch {row['batch_size']}: {row['plan']} makes {against:.2f} times the tokens per step of ngram on "
                 "outputs that do not loop"
             )
-    _print(f"{record['differing_outputs']} outputs differ from those of {record['rows'][0]['plan']}")
+    tell(f"{record['differing_outputs']} outputs differ from those of {record['rows'][0]['plan']}")
 
 
-def _cell(value: Any, width: int, form: str) -> str:
+def cell(value: Any, width: int, form: str) -> str:
+    """A value of a table, or a dash for None."""
     return ("-" if value is None else format(value, form)).rjust(width)
 
 
-def _print(line: str) -> None:
+def tell(line: str) -> None:
+    """Print a line now, whoever reads."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
-from skippy.engine.bench import Run, decode, encode_prompts
+from skippy.engine.bench import Run, cell, decode, encode_prompts, tell
 from skippy.engine.config import EngineConfig, Quantization
 from skippy.engine.controller import Controller, batch_class, widths_up_to
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
@@ -199,17 +198,17 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
     check_writable(path)
     texts = PROMPTS[: options.limit] if options.prompts is None else read_prompts(options.prompts, options.limit)
     prompts = encode_prompts(engine, texts, options.max_tokens, options.prompts or "the built-in list")
-    _print(f"{len(prompts)} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
-    _print("  ".join(title.rjust(width) for title, width, _, _ in COLUMNS))
+    tell(f"{len(prompts)} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
+    tell("  ".join(title.rjust(width) for title, width, _, _ in COLUMNS))
     seen, measured = _measure(engine, prompts, drafter, options)
     rows = _rows(drafter, seen, measured, prompts, options, _beta_eff(engine, checkpoint, config.quantization))
     for row in rows:
-        _print("  ".join(_cell(value(row), width, form) for _, width, form, value in COLUMNS))
+        tell("  ".join(cell(value(row), width, form) for _, width, form, value in COLUMNS))
     found = Measured(**seen.prior(engine.drafting.widest(drafter)))  # type: ignore[arg-type]
-    _print(f"{drafter}: accepted by depth {' '.join(f'{share:.2f}' for share in found.acceptance)}")
+    tell(f"{drafter}: accepted by depth {' '.join(f'{share:.2f}' for share in found.acceptance)}")
     key = key_of(config, checkpoint, engine.info.device, engine.info.dtype)
     save_plan(path, TunedPlan(FORMAT_VERSION, key, {drafter: found}, rows))
-    _print(f"saved {path}")
+    tell(f"saved {path}")
     return 0
 
 
@@ -317,12 +316,3 @@ def _beta_eff(engine: Engine, checkpoint: Checkpoint, quantization: Quantization
         )
     draftable = len(adapter.draft_ids) if adapter.draft_ids is not None else sizes.vocab_size
     return beta_eff(weights, len(adapter.kept) / sizes.layers, draftable / sizes.vocab_size)
-
-
-def _cell(value: Any, width: int, form: str) -> str:
-    return ("-" if value is None else format(value, form)).rjust(width)
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
