@@ -268,11 +268,11 @@ class Engine:
             rows = slice(row, row + work.num_logits(len(draft)))
             choice = next(choices) if work.chooses else []
             row = rows.stop
-            if not all(sound[rows]) and draft:
-                self._begin_again(work.sequence)
-                continue
             if not all(sound[rows]):
-                yield self._end_with_error(work.sequence, "The model computed logits that are not finite.")
+                if draft:
+                    self._begin_again(work.sequence)
+                else:
+                    yield self._end_with_error(work.sequence, "The model computed logits that are not finite.")
                 continue
             output = self._commit_one(work, draft, choice, logits[rows], stats)
             if output is not None:

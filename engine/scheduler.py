@@ -111,15 +111,15 @@ class Scheduler:
         Args:
             widths: by drafter, the most tokens to draft for each adaptive sequence, now and, by riders, next time.
         """
-        wanted = sum(self._wanted_lookahead(sequence, widths) for sequence in self.running)
+        wanted = {sequence: self._wanted_lookahead(sequence, widths) for sequence in self.running}
         # Prompts get what drafts leave, and half of the rows at least.
-        kept = min(wanted, self._max_rows // 2, self._max_rows - len(self.running))
+        kept = min(sum(wanted.values()), self._max_rows // 2, self._max_rows - len(self.running))
         work, preempted = self._go_on(self._max_rows - kept)
         rows = self._max_rows - kept - sum(one.num_known for one in work)
         if not preempted:
             rows = self._admit(work, rows)
         # Last, because a draft is worth no preemption and keeps nobody waiting.
-        rows = self._seat_drafts(work, rows + kept, widths)
+        rows = self._seat_drafts(work, rows + kept, wanted)
         self._seat_riders(work, rows, widths)
         return Schedule(work, preempted)
 
@@ -185,13 +185,12 @@ class Scheduler:
         self.waiting.extendleft(reversed(passed_over))
         return rows
 
-    def _seat_drafts(self, work: list[Work], rows: int, widths: Mapping[str, int]) -> int:
+    def _seat_drafts(self, work: list[Work], rows: int, wanted: Mapping[Sequence, int]) -> int:
         """Make room for drafts, evenly, as far as rows and blocks last; returns how many rows are left."""
-        drafting = [(place, n) for place, one in enumerate(work) if (n := self._wanted_lookahead(one.sequence, widths))]
-        for turn, (place, wanted) in enumerate(drafting):
+        drafting = [place for place, one in enumerate(work) if wanted.get(one.sequence)]
+        for turn, place in enumerate(drafting):
             one = work[place]
-            slots = (len(one.sequence.table) + self._blocks.num_free) * self._block_size
-            lookahead = min(wanted, rows // (len(drafting) - turn), slots - one.start - one.num_known)
+            lookahead = min(wanted[one.sequence], rows // (len(drafting) - turn), self._spare_slots(one))
             if lookahead > 0:
                 self._reserve(one.sequence, one.start + one.num_known + lookahead)
                 work[place] = replace(one, lookahead=lookahead)
@@ -201,13 +200,17 @@ class Scheduler:
     def _seat_riders(self, work: list[Work], rows: int, widths: Mapping[str, int]) -> None:
         """Give riders to work that chooses, as far as rows and blocks last. The next drafts are no longer than that."""
         for place, one in enumerate(work):
-            slots = (len(one.sequence.table) + self._blocks.num_free) * self._block_size
-            room = min(rows, slots - one.start - one.num_slots) // (one.lookahead + 1)
+            room = min(rows, self._spare_slots(one)) // (one.lookahead + 1)
             seated = replace(one, riders=min(room, self._wanted_riders(one, widths)))
             if seated.riders > 0:
                 self._reserve(one.sequence, one.start + seated.num_slots)
                 work[place] = seated
                 rows -= seated.num_riders
+
+    def _spare_slots(self, work: Work) -> int:
+        """Slots that the sequence has, or could have without anybody giving one up, behind those of its work."""
+        slots = (len(work.sequence.table) + self._blocks.num_free) * self._block_size
+        return slots - work.start - work.num_slots
 
     def _start(self, sequence: Sequence) -> bool:
         """Hold blocks for every known token, reusing verified ones; False if there are too few."""

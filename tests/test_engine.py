@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from skippy.engine import (
     StepStats,
 )
 from skippy.engine.drafters.none import NoDrafter
+from skippy.engine.model import CausalLM
 from skippy.engine.reference import reference_logits
 from skippy.engine.scheduler import Work
 from skippy.engine.sequence import Sequence
@@ -207,6 +208,17 @@ def test_a_step_that_fails_half_way_still_tells_what_it_served(engine: Engine, m
     ]
 
 
+def nan_for(model: CausalLM, poison: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An `embed` under which one token is not finite."""
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
+        x[ids == poison] = float("nan")
+        return x
+
+    return embed
+
+
 def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,13 +227,8 @@ def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
     model = engine.runner.model
     poison = 96
 
-    def embed_with_nan(ids: torch.Tensor) -> torch.Tensor:
-        x = torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
-        x[ids == poison] = float("nan")
-        return x
-
     with monkeypatch.context() as patch:
-        patch.setattr(model, "embed", embed_with_nan)
+        patch.setattr(model, "embed", nan_for(model, poison))
         engine.add(Request("bad", (5, poison, 7), params))
         engine.add(Request("good", PROMPT, params))
         ends, good = {}, []
@@ -243,13 +250,8 @@ def test_a_prompt_that_is_not_finite_is_noticed_in_its_first_chunk_and_erased(
     )
     model = engine.runner.model
 
-    def embed_with_nan(ids: torch.Tensor) -> torch.Tensor:
-        x = torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
-        x[ids == 96] = float("nan")
-        return x
-
     with monkeypatch.context() as patch:
-        patch.setattr(model, "embed", embed_with_nan)
+        patch.setattr(model, "embed", nan_for(model, 96))
         engine.add(Request("bad", (5, 96, *range(3, 73)), SamplingParams(max_tokens=5)))
         (output,) = engine.step().outputs
         assert output.finish_reason == "error"
@@ -261,8 +263,22 @@ def test_a_prompt_that_is_not_finite_is_noticed_in_its_first_chunk_and_erased(
 class TestDraftersThatFail:
     """They cost drafts, and no answer."""
 
-    def test_in_a_proposal(
-        self, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    @pytest.mark.parametrize(
+        ("failing", "method", "told"),
+        [
+            (lambda engine: engine.drafting.drafters["ngram"], "propose", "drafting failed"),
+            (lambda engine: engine.drafting.audience, "show", "did not learn"),
+        ],
+        ids=["in a proposal", "in what they are shown"],
+    )
+    def test_by_an_exception(
+        self,
+        engine: Engine,
+        failing: Callable[[Engine], object],
+        method: str,
+        told: str,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
         alone = tokens_of(run_dry(engine, [Request("r", PROMPT, params)]))
@@ -270,23 +286,9 @@ class TestDraftersThatFail:
         def broken(*_: object) -> None:
             raise RuntimeError("no idea")
 
-        monkeypatch.setattr(engine.drafting.drafters["ngram"], "propose", broken)
+        monkeypatch.setattr(failing(engine), method, broken)
         assert tokens_of(run_dry(engine, [Request("r", PROMPT, params, drafter="ngram")])) == alone
-        assert "drafting failed" in caplog.text
-        engine.check()
-
-    def test_in_what_they_are_shown(
-        self, engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
-        alone = tokens_of(run_dry(engine, [Request("r", PROMPT, params)]))
-
-        def broken(*_: object) -> None:
-            raise RuntimeError("not understood")
-
-        monkeypatch.setattr(engine.drafting.audience, "show", broken)
-        assert tokens_of(run_dry(engine, [Request("r", PROMPT, params, drafter="ngram")])) == alone
-        assert "did not learn" in caplog.text
+        assert told in caplog.text
 
     @pytest.mark.parametrize("prefix_caching", [True, False])
     def test_with_a_token_that_the_model_cannot_bear(
@@ -301,11 +303,6 @@ class TestDraftersThatFail:
         seen = {token for tokens in alone.values() for token in tokens}.union(*(r.prompt_token_ids for r in requests))
         model, poison = engine.runner.model, next(token for token in range(97) if token not in seen)
 
-        def embed_with_nan(ids: torch.Tensor) -> torch.Tensor:
-            x = torch.nn.functional.embedding(ids, model.model.embed_tokens.weight)
-            x[ids == poison] = float("nan")
-            return x
-
         class Poisoner(NoDrafter):
             name = "ngram"
 
@@ -315,7 +312,7 @@ class TestDraftersThatFail:
                 ]
 
         engine.drafting.add(Poisoner())
-        monkeypatch.setattr(model, "embed", embed_with_nan)
+        monkeypatch.setattr(model, "embed", nan_for(model, poison))
         poisoned = [replace(r, drafter="ngram" if r.request_id == "1" else "none") for r in requests]
         assert tokens_of(run_dry(engine, poisoned)) == alone
         assert not engine.runner.pool.values[:, : engine.runner.pool.padding_slot].isnan().any()

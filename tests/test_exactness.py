@@ -54,7 +54,7 @@ def test_neither_cache_nor_chunks_nor_preemption_change_a_token(
         if "kv_cache_memory_bytes" in config:
             assert tallies[name].preemptions > 0
         if "max_num_batched_tokens" in config:
-            assert tallies[name].prefill_chunks > 60
+            assert tallies[name].prefill_chunks > 70
 
 
 @pytest.mark.parametrize(

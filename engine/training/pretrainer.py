@@ -143,8 +143,8 @@ class Pretrainer:
         openings, kinds = self._spans.openings(self.step, SEQUENCES, length)
         tokens = continued(self.model, openings.to(self.model.device), CONTINUED)
         end = self.model.config.eos_token_id
-        rows = tokens[:, -CONTINUED:, None].unbind(0)
-        unwanted = [repeated(row.T, GRAMS[kind], end) for row, kind in zip(rows, kinds, strict=True)]
+        written = torch.split(tokens[:, -CONTINUED:], 1)
+        unwanted = [repeated(text, GRAMS[kind], end) for text, kind in zip(written, kinds, strict=True)]
         return unlikelihood(self.model, tokens, torch.cat(unwanted))
 
     @torch.no_grad()

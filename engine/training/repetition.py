@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -54,7 +55,7 @@ def repeated(tokens: Tensor, gram: int, end: int | None) -> Tensor:
         return torch.zeros_like(tokens, dtype=torch.bool)
     runs = tokens.unfold(1, gram, 1)  # [B, N - gram + 1, gram]
     equal = (runs[:, :, None] == runs[:, None]).all(-1).tril(-1)
-    found = torch.nn.functional.pad(equal.any(-1), (gram - 1, 0))
+    found = F.pad(equal.any(-1), (gram - 1, 0))
     return found if end is None else found & ((tokens == end).cumsum(1) == 0)
 
 
