@@ -22,15 +22,14 @@ RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
     pip install --no-cache-dir --no-deps /dist/*.whl
 
 # A named volume takes over the owner of the folder it is mounted on, so the folder must exist and be the user's.
-# `install` gives only the folders that it names to the owner, not those that it makes on the way.
 RUN useradd --create-home --uid 1000 skippy \
-    && install --directory --owner=skippy --group=skippy /home/skippy/.cache /home/skippy/.cache/huggingface
+    && install --directory --owner=skippy --group=skippy /home/skippy/.cache
 USER 1000:1000
 WORKDIR /home/skippy
-ENV HF_HOME=/home/skippy/.cache/huggingface \
-    PYTHONUNBUFFERED=1 \
+ENV PYTHONUNBUFFERED=1 \
     SKIPPY_HOST=0.0.0.0
-VOLUME /home/skippy/.cache/huggingface
+# Models of the hub, and the plans of `skippy tune`.
+VOLUME /home/skippy/.cache
 
 EXPOSE 8000
 # A model that has to be downloaded, or read from a slow disk, takes its time before the first 200.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from skippy.engine.adapter import AdapterConfig, S3DAdapter
 from skippy.engine.errors import AdapterError
+from skippy.engine.hub import find_trained
 from skippy.engine.loading import weight_files
 from skippy.engine.model import ModelConfig
 from skippy.engine.weights import Checkpoint
@@ -96,22 +96,14 @@ def save_adapter(folder: Path, adapter: S3DAdapter, checkpoint: Checkpoint, trai
         (folder / f"{name}.new").replace(folder / name)
 
 
-def find_adapter(
-    checkpoint: Checkpoint, given: str | None, dtype: torch.dtype, device: torch.device
-) -> S3DAdapter | None:
-    """The adapter of a model: in the folder given, or beside the model, or None.
+def adapter_folder(checkpoint: Checkpoint, given: str | None) -> Path | None:
+    """The folder given, or downloaded from the hub, or the one beside the model, or None.
 
     Raises:
-        AdapterError: there is one, but it is damaged or of another shape, or the folder given holds none.
+        CheckpointError: what is given cannot be downloaded.
     """
-    folder = adapter_folder(checkpoint, given)
-    return None if folder is None else load_adapter(folder, checkpoint, dtype, device)
-
-
-def adapter_folder(checkpoint: Checkpoint, given: str | None) -> Path | None:
-    """The folder given, or the one beside the model, or None."""
     if given is not None:
-        return Path(os.path.expanduser(given))
+        return find_trained(given)
     beside = checkpoint.path / BESIDE_MODEL
     return beside if (beside / "adapter.json").exists() else None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import statistics
@@ -32,6 +31,7 @@ from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError
+from skippy.engine.hub import find_trained
 from skippy.engine.loading import weight_files
 from skippy.engine.memory import peak_bytes, reset_peak
 from skippy.engine.prompts import read_prompts
@@ -402,8 +402,13 @@ def _tokens_per_step(runs: SequenceOf[Run], *, looping: bool) -> float | None:
 
 def is_looping(tokens: SequenceOf[int]) -> bool:
     """Whether an output repeats itself, judged by its distinct 4-grams."""
+    return distinct_grams(tokens) < LOOPING_BELOW
+
+
+def distinct_grams(tokens: SequenceOf[int]) -> float:
+    """The share of distinct 4-grams among all of an output; 1 if it is shorter than that."""
     grams = list(zip(*(tokens[i:] for i in range(4)), strict=False))
-    return bool(grams) and len(set(grams)) / len(grams) < LOOPING_BELOW
+    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 # --- what is measured, and on what ------------------------------------------------------------------------------
@@ -429,7 +434,7 @@ def encode_prompts(engine: Engine, texts: Iterable[str], max_tokens: int, source
 def _hashes(config: EngineConfig, engine: Engine) -> dict[str, str | None]:
     """SHA-256 of the weights of the model, and of its adapter if it has one."""
     folder = Path(engine.info.model_path)
-    beside = folder / BESIDE_MODEL if config.adapter is None else Path(os.path.expanduser(config.adapter))
+    beside = folder / BESIDE_MODEL if config.adapter is None else find_trained(config.adapter)
     adapter = [beside / "adapter.safetensors"] if S3DDrafter.name in engine.drafting.drafters else []
     return {
         "model_sha256": sha256_of(weight_files(folder)),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.adapter_files import find_adapter
+from skippy.engine.adapter_files import adapter_folder, load_adapter
 from skippy.engine.attention import SDPAAttention
 from skippy.engine.config import EngineConfig
 from skippy.engine.eagle import EagleHead, is_eagle, load_eagle
@@ -29,6 +30,10 @@ CPU_KV_BYTES = 256 * 2**20
 """Of a cache in the host's memory, unless one sequence of full length needs more and the memory is there."""
 CUDA_RESERVE_BYTES = 512 * 2**20
 """Left for activations and the allocator's rounding on a GPU."""
+
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability from which on a GPU multiplies bfloat16 (Ampere; a T4 has 7.5)."""
+LESS_MEMORY = "quantization int8 or nf4 makes the weights smaller, and `skippy plan` tells beforehand what fits"
 
 logger = logging.getLogger("skippy.engine")
 
@@ -65,15 +70,26 @@ def build(config: EngineConfig, report: Report | None = None, reserve: Reserve |
     checkpoint = open_checkpoint(config.model, config.revision)
     dtype = _dtype(config, checkpoint, device)
     wanted_len = _wanted_len(config, checkpoint)
-    adapter, eagle = _trained_parts(config, checkpoint, dtype, device, wanted_len)
-    model, tiling = _load(config, checkpoint, adapter, dtype, device, wanted_len, report)
-    reserved = reserve(checkpoint, adapter, device) if reserve else 0
-    num_blocks = _num_blocks(config, checkpoint, eagle, dtype, device, wanted_len, reserved)
-    max_model_len = _fitting_len(config, wanted_len, num_blocks)
-    logger.info("context %s of %s", f"{max_model_len:,}", f"{checkpoint.config.max_position_embeddings:,}")
-    runner = _lay_out(model, tiling, num_blocks, config.block_size, max_model_len, dtype, device)
-    eagle_cache = None if eagle is None else _cache_of_head(eagle, runner, max_model_len)
+    with _shortage_explained(config):
+        adapter, eagle = _trained_parts(config, checkpoint, dtype, device, wanted_len)
+        model, tiling = _load(config, checkpoint, adapter, dtype, device, wanted_len, report)
+        reserved = reserve(checkpoint, adapter, device) if reserve else 0
+        num_blocks = _num_blocks(config, checkpoint, eagle, dtype, device, wanted_len, reserved)
+        max_model_len = _fitting_len(config, wanted_len, num_blocks)
+        logger.info("context %s of %s", f"{max_model_len:,}", f"{checkpoint.config.max_position_embeddings:,}")
+        runner = _lay_out(model, tiling, num_blocks, config.block_size, max_model_len, dtype, device)
+        eagle_cache = None if eagle is None else _cache_of_head(eagle, runner, max_model_len)
     return Build(checkpoint, runner, max_model_len, adapter, eagle, eagle_cache)
+
+
+@contextmanager
+def _shortage_explained(config: EngineConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"{config.model} does not fit into the memory of the GPU ({str(error).splitlines()[0]}): {LESS_MEMORY}."
+        ) from error
 
 
 def _wanted_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
@@ -90,11 +106,13 @@ def _trained_parts(
     """What was trained to draft for the model, and is to be used."""
     if config.learn is not None:
         return _learnt_adapter(config, checkpoint, dtype, device), None
-    if config.adapter is not None and is_eagle(config.adapter):
-        return None, load_eagle(config.adapter, checkpoint, dtype, device, wanted_len)
-    if config.adapter is not None or config.drafter != "none":
-        return find_adapter(checkpoint, config.adapter, dtype, device), None
-    return None, None
+    wanted = config.adapter is not None or config.drafter != "none"
+    folder = adapter_folder(checkpoint, config.adapter) if wanted else None
+    if folder is None:
+        return None, None
+    if is_eagle(folder):
+        return None, load_eagle(folder, checkpoint, dtype, device, wanted_len)
+    return load_adapter(folder, checkpoint, dtype, device), None
 
 
 def _load(
@@ -164,10 +182,13 @@ def _learnt_adapter(
         if given is not None:
             logger.info("learning goes on with the adapter in %s, not with %s", config.learn, given)
         given = config.learn
-    if given is not None and is_eagle(given):
+    folder = adapter_folder(checkpoint, given)
+    if folder is None:
+        return None
+    if is_eagle(folder):
         raise ConfigError(f"{given} holds an EAGLE-3 head, which cannot learn here; --learn needs an adapter for s3d.")
-    adapter = find_adapter(checkpoint, given, dtype, device)
-    if adapter is not None and adapter.config.fused:
+    adapter = load_adapter(folder, checkpoint, dtype, device)
+    if adapter.config.fused:
         raise ConfigError("A fused adapter cannot learn from what is served: use skippy train --fused.")
     return adapter
 
@@ -208,6 +229,9 @@ def _dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -
             raise ConfigError("float16 is not supported on CPU; use float32 or bfloat16.")
         return dtype
     if device.type == "cuda":
+        if checkpoint.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:
+            logger.info("dtype float16: this GPU computes bfloat16, the checkpoint's type, only by detours")
+            return torch.float16
         return checkpoint.dtype
     # float32 sums over packed float16 weights read as few bytes as bfloat16, with fewer conversions.
     return torch.float32
@@ -254,7 +278,7 @@ def _num_blocks(
     if blocks < 1:
         raise ConfigError(
             f"{max(budget, 0)} bytes are left for the KV cache, and two blocks of {config.block_size} tokens need "
-            f"{2 * block_bytes}."
+            f"{2 * block_bytes}: {LESS_MEMORY}."
         )
     return blocks
 

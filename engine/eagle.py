@@ -15,7 +15,6 @@ of its own the head uses the model's.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,19 +152,17 @@ class _EagleAttention(nn.Module):
         return out
 
 
-def is_eagle(folder: str) -> bool:
+def is_eagle(folder: Path) -> bool:
     """Whether a folder looks like a published head, and not like an adapter of our own."""
-    path = Path(os.path.expanduser(folder))
-    return (path / "config.json").exists() and not (path / "adapter.json").exists()
+    return (folder / "config.json").exists() and not (folder / "adapter.json").exists()
 
 
-def load_eagle(folder: str, base: Checkpoint, dtype: torch.dtype, device: torch.device, max_len: int) -> EagleHead:
+def load_eagle(path: Path, base: Checkpoint, dtype: torch.dtype, device: torch.device, max_len: int) -> EagleHead:
     """Read a head for a model.
 
     Raises:
         AdapterError: it is damaged, of another architecture, or does not fit the model.
     """
-    path = Path(os.path.expanduser(folder))
     raw = _read_json(path / "config.json")
     tensors = _read_tensors(path)
     config = _read_config(path, raw, base, tensors)
@@ -191,8 +188,10 @@ def load_eagle(folder: str, base: Checkpoint, dtype: torch.dtype, device: torch.
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        pickles = "; pickled .bin weights are not read, because they can run code" if list(path.glob("*.bin")) else ""
-        raise AdapterError(f"{path} has no safetensors{pickles}.")
+        raise AdapterError(
+            f"{path} has no safetensors, and nothing else is read: a pickle (.bin) can run any code. If the head is "
+            "published as one, load it where you trust it and write it with safetensors.torch.save_file."
+        )
     tensors: dict[str, Tensor] = {}
     try:
         for file in files:

@@ -91,7 +91,7 @@ class Engine:
             logger.info(describe_learning(self._default_drafter, config.learn))
         elif config.drafter == "auto":
             has_adapter = built.adapter is not None or built.eagle is not None
-            logger.info(describe_choice(self._default_drafter, has_adapter, config.model, self._describe_training))
+            logger.info(describe_choice(self._default_drafter, has_adapter, config, self._describe_training))
         self._learner = _learner(config, built, self.drafting) if learns else None
         self.info = self._describe()
 

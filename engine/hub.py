@@ -29,6 +29,7 @@ from skippy.engine.progress import bar_class
 
 SMALL_FILES = ("*.json", "*.jinja", "s3d/*")
 """Configuration, tokenizer, index of the weights, and the adapter that may be published beside a model."""
+ADAPTER_FILES = ("*.json", "*.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 
 logger = logging.getLogger("skippy.engine")
@@ -68,6 +69,21 @@ def find_model(model: str, revision: str | None = None) -> Path:
     if revision is not None:
         raise CheckpointError(f"{folder} is a folder and has no revision {revision!r}, as models on the hub do.")
     return folder
+
+
+def find_trained(adapter: str) -> Path:
+    """The folder of an adapter, or of a published head; one on the hub is downloaded.
+
+    Raises:
+        CheckpointError: it can only be one on the hub, and cannot be had.
+    """
+    folder = Path(os.path.expanduser(adapter))
+    if folder.exists() or "/" not in adapter or not HUB_ID.fullmatch(adapter):
+        return folder
+    small = download(adapter, None, ("*.json",))
+    if any(small.glob("*.index.json")):  # shards are those of a whole model: for the loader to refuse
+        return small
+    return download(adapter, small.name, ADAPTER_FILES)
 
 
 def download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -18,9 +18,10 @@ FRAME_HEADER_BYTES = 4
 
 
 class Start(msgspec.Struct, tag=True):
-    """The first command: build the engine."""
+    """The first command: build the engine, and log what is at least so severe."""
 
     config: EngineConfig
+    log_level: str = "info"
 
 
 class Add(msgspec.Struct, tag=True):

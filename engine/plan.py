@@ -164,7 +164,7 @@ def predict(config: EngineConfig, options: PlanOptions) -> Record:
             "kv": kv,
             "free_rows": job.cost.free_rows,
             "beta_eff": beta_eff(job.weights, job.kept / job.sizes.layers, job.draft_head),
-            "speed": _predict_speed(job, kv) if kv["max_model_len"] else [],
+            "speed": _predict_speed(job, kv) if kv["fits"] else [],
             "training": _predict_training(job),
         },
     }
@@ -195,21 +195,28 @@ def _prepare(config: EngineConfig, options: PlanOptions) -> _Job:
 def _predict_kv(job: _Job) -> Record:
     """The cache as `build` would size it, and without its limit to max_num_seqs."""
     config, per_token = job.config, kv_bytes_per_token(job.sizes, job.itemsize)
+    usable = job.card.memory_bytes
+    if not job.on_cpu:
+        usable = int(config.gpu_memory_utilization * usable) - CUDA_CONTEXT_BYTES - CUDA_RESERVE_BYTES
+    free = usable - job.weights.total - job.adapter_bytes
+    budget = free
     if config.kv_cache_memory_bytes is not None:
         budget = config.kv_cache_memory_bytes
     elif job.on_cpu:
         longest = (-(-job.wanted_len // config.block_size) + 1) * config.block_size * per_token
-        budget = cpu_cache_bytes(longest, job.card.memory_bytes - job.weights.total - job.adapter_bytes)
-    else:
-        usable = int(config.gpu_memory_utilization * job.card.memory_bytes) - CUDA_CONTEXT_BYTES - CUDA_RESERVE_BYTES
-        budget = max(0, usable - job.weights.total - job.adapter_bytes)
-    fitting = max(0, budget // (per_token * config.block_size) - 1)  # one more block takes what padding rows write
+        budget = cpu_cache_bytes(longest, free)
+    least = 2 * config.block_size * per_token  # one block takes what padding rows write
+    fits = least <= budget <= free
+    fitting = budget // (per_token * config.block_size) - 1 if fits else 0
     needed = config.max_num_seqs * -(-job.wanted_len // config.block_size)
     tokens = fitting * config.block_size
     lengths = sorted({length for length in CONTEXTS if length < min(job.wanted_len, tokens)} | {job.wanted_len})
     return {
         "bytes_per_token": per_token,
-        "budget_bytes": budget,
+        "fits": fits,
+        "usable_bytes": usable,
+        "least_bytes": least,
+        "budget_bytes": max(0, budget),
         "num_blocks": min(fitting, needed),
         "tokens": tokens,
         "max_model_len": min(job.wanted_len, tokens),
@@ -276,7 +283,10 @@ def _lines(record: Record) -> list[str]:
         f"weights {_gb(weights['total'])} ({parts}); adapter {_gb(predicted['adapter_bytes'])}",
         f"KV cache {kv['bytes_per_token']:,} bytes per token: {kv['tokens']:,} tokens in {_gb(kv['budget_bytes'])}; "
         f"{kv['num_blocks']} blocks can be of use",
-        f"context {kv['max_model_len']:,} of {kv['wanted_len']:,}",
+        f"context {kv['max_model_len']:,} of {kv['wanted_len']:,}"
+        if kv["fits"]
+        else f"does not fit: {_gb(kv['usable_bytes'])} can be used, and a cache needs {_gb(kv['least_bytes'])} of them "
+        "at least; --quantization int8 or nf4 makes the weights smaller",
         *(f"batch at {length:,} tokens each: {count}" for length, count in kv["sequences_by_length"].items() if count),
         f"rows that cost nothing: {predicted['free_rows']}; a draft pass reads {predicted['beta_eff']:.2f} of "
         "what a plain one reads",

@@ -53,27 +53,33 @@ class SamplingState:
         self._banned = to_device(sorted(banned), device)
         self._bias_ids = to_device(list(params.logit_bias), device)
         self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=device)
+        self._prompt, self._device = prompt, device
         self._counts: Tensor | None = None  # [V] float32, occurrences in the output
         self._seen: Tensor | None = None  # [V] bool, occurrences in prompt and output
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts = torch.zeros(vocab_size, device=device)
-        if params.repetition_penalty != 1.0:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[to_device(list(prompt), device)] = True
 
     @property
     def alters(self) -> bool:
         """Whether `alter` can change anything."""
         p = self.params
-        return self._counts is not None or self._seen is not None or bool(p.logit_bias) or p.min_tokens > 0
+        return p.penalises or bool(p.logit_bias) or p.min_tokens > 0
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Count tokens that were emitted."""
+        self._begin_counting()
         for token in tokens:
             if self._counts is not None:
                 self._counts[token] += 1
             if self._seen is not None:
                 self._seen[token] = True
+
+    def _begin_counting(self) -> None:
+        """Not before the first choice: what a thousand waiting ones would count with could fill a GPU."""
+        params = self.params
+        if self._counts is None and (params.presence_penalty or params.frequency_penalty):
+            self._counts = torch.zeros(self.vocab_size, device=self._device)
+        if self._seen is None and params.repetition_penalty != 1.0:
+            self._seen = torch.zeros(self.vocab_size, dtype=torch.bool, device=self._device)
+            self._seen[to_device(list(self._prompt), self._device)] = True
 
     def alter(self, logits: Tensor, draft: Sequence[int], index: int) -> None:
         """Apply penalties, bias and bans in place.
@@ -81,6 +87,7 @@ class SamplingState:
         logits [R, V] float32: row j chooses the token at absolute index `index + j`, after
         the emitted tokens and draft[:j].
         """
+        self._begin_counting()
         if self._seen is not None:
             seen = _rows_after(self._seen, draft, len(logits))
             scaled = torch.where(

@@ -192,7 +192,10 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
     engine = Engine(config)
     drafter = S3DDrafter.name
     if drafter not in engine.drafting.drafters:
-        raise ConfigError(f"there is nothing to tune: {config.model} has no adapter for {drafter}.")
+        raise ConfigError(
+            f"there is nothing to tune: {config.model} has no adapter for {drafter}. `skippy train` makes one; "
+            "--adapter names one that is not beside the model."
+        )
     checkpoint = open_checkpoint(config.model, config.revision)
     path = default_path(checkpoint) if options.output is None else Path(options.output).expanduser()
     check_writable(path)

@@ -100,6 +100,8 @@ def check_writable(path: Path) -> None:
     Raises:
         ConfigError: it cannot.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; a plan is one file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

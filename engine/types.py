@@ -88,6 +88,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 
+    @property
+    def penalises(self) -> bool:
+        """Whether what was said before changes how likely a token is."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -79,12 +79,13 @@ class Worker:
             return 1
 
     def _await_start(self) -> tuple[EngineConfig, list[Command]]:
-        """The configuration, and whatever commands came along with it."""
+        """The configuration, and whatever commands came along with it. From then on its log level counts."""
         while not (commands := self._read()):
             pass
         start, *early = commands
         if not isinstance(start, Start):
             raise TypeError(f"the first command is {type(start).__name__}, not Start")
+        logging.getLogger().setLevel(start.log_level.upper())
         return start.config, early
 
     def _take_commands(self, engine: Engine, *, wait: bool) -> bool:

@@ -89,7 +89,7 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(settings: Settings, listener: socket.socket, worker_command: Sequence[str]) -> int:
-    client = await AsyncEngineClient.start(settings.engine_config(), worker_command)
+    client = await AsyncEngineClient.start(settings.engine_config(), worker_command, settings.log_level)
     try:
         app = create_app(client, settings)
         config = uvicorn.Config(

@@ -136,7 +136,9 @@ class AsyncEngineClient:
         self._supervisor: asyncio.Task[None]
 
     @classmethod
-    async def start(cls, config: EngineConfig, command: Sequence[str] = WORKER_COMMAND) -> Self:
+    async def start(
+        cls, config: EngineConfig, command: Sequence[str] = WORKER_COMMAND, log_level: str = "info"
+    ) -> Self:
         """Start the process and let it load; `ready` tells when it has.
 
         Raises:
@@ -165,7 +167,7 @@ class AsyncEngineClient:
             os.close(event_write)
         client = cls(process)
         await client._connect(command_write, event_read)
-        client.send(Start(config))
+        client.send(Start(config, log_level))
         return client
 
     async def _connect(self, command_write: int, event_read: int) -> None:

@@ -96,7 +96,10 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
             where = f"{request.method} {request.url.path}"
-            error = ApiError(error.status_code, f"{_explain_status(error)}: {where}.", headers=error.headers)
+            message = f"{_explain_status(error)}: {where}."
+            if request.url.path.startswith("/v1/chat/"):
+                message += " Skippy applies no chat template: send the text itself to /v1/completions."
+            error = ApiError(error.status_code, message, headers=error.headers)
         return as_api_error(error).response()
 
     for kind in (ApiError, InvalidRequest, EngineDead, ValidationError, HTTPException):

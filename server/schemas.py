@@ -24,7 +24,7 @@ NO_EFFECT: Mapping[str, object] = {
     "truncate_prompt_tokens": None,
     "use_beam_search": False,
 }
-"""Fields that clients of other servers send, each with the one value that asks for nothing."""
+"""Fields that clients of other servers send, each with the one value, beside null, that asks for nothing."""
 
 
 def _prompts(value: object) -> list[Prompt]:
@@ -126,7 +126,9 @@ class CompletionRequest(_Body):
     def _drop_what_has_no_effect(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {name: value for name, value in data.items() if name not in NO_EFFECT or value != NO_EFFECT[name]}
+        return {
+            name: value for name, value in data.items() if name not in NO_EFFECT or value not in (None, NO_EFFECT[name])
+        }
 
 
 class Logprobs(msgspec.Struct):

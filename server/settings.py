@@ -113,8 +113,8 @@ class Settings(BaseModel):
     )
     adapter: str | None = Field(
         default=_ENGINE_DEFAULTS.adapter,
-        description="folder of an adapter for s3d, or of a published EAGLE-3 head; unset: the folder s3d in the "
-        "model's, if there is one",
+        description="adapter for s3d, or a published EAGLE-3 head: a folder, or a name on the hub (owner/name); "
+        "unset: the folder s3d in the model's, if there is one",
     )
     num_speculative_tokens: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_speculative_tokens,

@@ -19,7 +19,7 @@ from support_engine import TINY_ADAPTER, random_adapter, run_dry, tokens_of, wri
 
 from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.adapter_files import find_adapter, fingerprint, load_adapter, save_adapter
+from skippy.engine.adapter_files import adapter_folder, fingerprint, load_adapter, save_adapter
 from skippy.engine.errors import AdapterError
 from skippy.engine.weights import Checkpoint, open_checkpoint
 
@@ -198,20 +198,21 @@ class TestWhereItIsLookedFor:
     def test_beside_the_model_or_where_it_is_said_to_be(self, base: Path, folder: Path, tmp_path: Path) -> None:
         model = shutil.copytree(base, tmp_path / "model")
         found = open_checkpoint(str(model))
-        assert find_adapter(found, None, torch.float32, CPU) is None
-        given = find_adapter(found, str(folder), torch.float32, CPU)
+        assert adapter_folder(found, None) is None
         write_adapter(model, seed=1)
-        beside = find_adapter(found, None, torch.float32, CPU)
-        assert given is not None
-        assert beside is not None
-        assert not torch.equal(given.masks, beside.masks)
-        again = find_adapter(found, str(folder), torch.float32, CPU)
-        assert again is not None
-        assert torch.equal(given.masks, again.masks)
+        beside = adapter_folder(found, None)
+        assert beside == model / "s3d"
+        assert adapter_folder(found, str(folder)) == folder
+        given, other = (load_adapter(place, found, torch.float32, CPU) for place in (folder, beside))
+        assert not torch.equal(given.masks, other.masks)
 
     def test_home_is_understood(self, folder: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(folder.parent))
-        assert find_adapter(checkpoint, "~/adapter", torch.float32, CPU) is not None
+        assert adapter_folder(checkpoint, "~/adapter") == folder
+
+    def test_a_name_is_one_of_the_hub(self, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("skippy.engine.adapter_files.find_trained", Path)
+        assert adapter_folder(checkpoint, "owner/adapter") == Path("owner/adapter")
 
     def test_a_folder_beside_the_model_without_an_adapter_is_none(self, base: Path, tmp_path: Path) -> None:
         model = shutil.copytree(base, tmp_path / "model")

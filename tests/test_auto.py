@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from skippy.engine.drafters.auto import describe_choice, describe_learning
+from skippy.engine.config import EngineConfig
+from skippy.engine.drafters.auto import describe_choice, describe_learning, train_command
 
 
 @pytest.mark.parametrize(
@@ -16,11 +17,16 @@ from skippy.engine.drafters.auto import describe_choice, describe_learning
     ],
 )
 def test_one_line_says_what_and_why(chosen: str, has_adapter: bool, expected: str, advice: bool) -> None:
-    line = describe_choice(chosen, has_adapter, "my model", lambda: "a day here")
+    line = describe_choice(chosen, has_adapter, EngineConfig(model="my model"), lambda: "a day here")
     assert line.startswith(f"drafter {chosen}: ")
     assert expected in line
     assert ("skippy train 'my model' -o adapter" in line) == advice
     assert "\n" not in line
+
+
+def test_the_model_is_trained_as_it_is_served() -> None:
+    config = EngineConfig(model="owner/model", revision="v1.1", quantization="nf4", num_threads=3)
+    assert train_command(config) == "skippy train owner/model -o adapter --revision v1.1 --quantization nf4"
 
 
 @pytest.mark.parametrize(

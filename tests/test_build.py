@@ -11,7 +11,8 @@ import torch
 from support_engine import TINY_CONFIG, write_checkpoint
 
 from skippy.engine import CheckpointError, ConfigError, EngineConfig
-from skippy.engine.build import CPU_KV_BYTES, Build, build
+from skippy.engine.build import CPU_KV_BYTES, Build, _dtype, build
+from skippy.engine.weights import open_checkpoint
 
 BLOCK_BYTES = 2 * 3 * 32 * 2 * 16 * 4
 """Keys and values, layers, tokens, KV heads, head_dim, float32."""
@@ -57,6 +58,27 @@ class TestDtypeAndDevice:
         assert asked == []
         build_with(folder, num_threads=3)
         assert asked == [3]
+
+    @pytest.mark.parametrize(
+        ("capability", "stored", "taken"),
+        [((7, 5), "bfloat16", "float16"), ((8, 6), "bfloat16", "bfloat16"), ((7, 5), "float32", "float32")],
+    )
+    def test_a_gpu_without_bfloat16_takes_float16(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], stored: str, taken: str
+    ) -> None:
+        checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, dtype=stored)))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        assert _dtype(EngineConfig(), checkpoint, torch.device("cuda")) == getattr(torch, taken)
+
+    def test_a_gpu_that_is_too_small_is_told_with_a_way_out(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the manual.")
+
+        monkeypatch.setattr("skippy.engine.build._load", load)
+        with pytest.raises(ConfigError, match=r"does not fit .*2\.00 GiB.*quantization int8 or nf4"):
+            build_with(folder)
 
 
 class TestCache:

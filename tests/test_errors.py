@@ -54,6 +54,12 @@ def test_wrong_paths_and_methods(server: LiveServer, method: str, path: str, sta
         assert answer.headers["allow"]
 
 
+def test_who_wants_to_chat_is_told_where_to_go(server: LiveServer) -> None:
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": []})
+    assert answer.status_code == 404
+    assert "no chat template: send the text itself to /v1/completions" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("content_type", ["application/json", "application/x-www-form-urlencoded", "text/plain"])
 def test_bad_json_is_refused_and_good_json_taken_whatever_it_is_called(server: LiveServer, content_type: str) -> None:
     url, headers = f"{server.url}/v1/completions", {"content-type": content_type}

@@ -95,6 +95,46 @@ class TestNames:
             hub.find_model(BUILTIN_MODEL, "main")
 
 
+class TestAdapters:
+    """`find_trained`: a folder, or what the hub has by that name."""
+
+    @pytest.fixture
+    def asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, tuple[str, ...]]]:
+        calls: list[tuple[str, str | None, tuple[str, ...]]] = []
+
+        def download(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+            calls.append((name, revision, patterns))
+            return tmp_path
+
+        monkeypatch.setattr(hub, "download", download)
+        return calls
+
+    def test_its_description_is_read_first(self, tmp_path: Path, asked: list[object]) -> None:
+        assert hub.find_trained("owner/adapter") == tmp_path
+        assert asked == [
+            ("owner/adapter", None, ("*.json",)),
+            ("owner/adapter", tmp_path.name, ("*.json", "*.safetensors")),
+        ]
+
+    def test_a_whole_model_is_not_downloaded(self, tmp_path: Path, asked: list[object]) -> None:
+        (tmp_path / "model.safetensors.index.json").touch()
+        assert hub.find_trained("owner/model") == tmp_path
+        assert len(asked) == 1
+
+    @pytest.mark.parametrize("name", ["adapter", "./adapter", "/no/such/adapter", "no/such/adapter"])
+    def test_other_names_are_folders(self, name: str, asked: list[object]) -> None:
+        assert hub.find_trained(name) == Path(name)
+        assert not asked
+
+    def test_a_folder_that_is_there_wins(
+        self, tmp_path: Path, asked: list[object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "owner" / "adapter").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
+        assert hub.find_trained("owner/adapter") == Path("owner/adapter")
+        assert not asked
+
+
 def response(status: int) -> httpx.Response:
     return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/api/models/owner/model"))
 

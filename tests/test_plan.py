@@ -136,12 +136,26 @@ class TestMemory:
         assert tokens == sorted(tokens)
         assert tokens[-1] > 3 * tokens[0]
 
-    def test_what_does_not_fit_is_told_and_not_an_error(self, eight_b: str, capsys: pytest.CaptureFixture[str]) -> None:
-        found = predicted(eight_b, "t4")
-        assert found["kv"]["max_model_len"] == 0
+    @pytest.mark.parametrize(
+        ("gpu", "config"),
+        [
+            ("t4", {}),
+            ("t4", {"kv_cache_memory_bytes": 2**30}),
+            ("cpu", {"kv_cache_memory_bytes": 2**35}),
+            ("a10g", {"kv_cache_memory_bytes": 2**20}),  # less than two blocks
+        ],
+    )
+    def test_what_does_not_fit_is_told_and_not_an_error(
+        self, gpu: str, config: dict[str, Any], eight_b: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        found = predicted(eight_b, gpu, **config)
+        assert not found["kv"]["fits"]
+        assert found["kv"]["tokens"] == found["kv"]["max_model_len"] == 0
         assert found["speed"] == []
-        assert run_plan(EngineConfig(model=eight_b), PlanOptions("t4")) == 0
-        assert "context 0 of 131,072" in capsys.readouterr().out
+        assert run_plan(EngineConfig(model=eight_b, **config), PlanOptions(gpu)) == 0
+        told = capsys.readouterr().out
+        assert "does not fit: " in told
+        assert "context" not in told
 
     def test_a_budget_may_be_given(self, eight_b: str) -> None:
         kv = predicted(eight_b, kv_cache_memory_bytes=2**30, max_model_len=4096)["kv"]

@@ -328,6 +328,16 @@ class TestCommand:
         assert self.run(base, output, "--steps", "6", "--decay", "0") == 0
         assert same(*(load_file(f / "checkpoint.safetensors") for f in (output, tmp_path / "whole")))
 
+    def test_a_kind_without_text_is_refused_or_left_out(
+        self, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        common = f"-o {tmp_path / 'out'} --init {base} --layers 4 --device cpu --batch-size 3 --length 16 --held-out 4"
+        assert main([*common.split(), "--steps", "1", "--decay", "0"]) == 2
+        assert "0 tokens of stories are there for train" in capsys.readouterr().err
+        assert main([*common.split(), "--steps", "1", "--decay", "0", "--python-share", "1"]) == 0
+        last = json.loads((tmp_path / "out" / "progress.jsonl").read_text().splitlines()[-1])
+        assert last["bits_per_byte"].keys() == {"python"}
+
     def test_what_it_exports_is_the_trained_model(self, base: Path, tmp_path: Path) -> None:
         assert self.run(base, tmp_path / "out", "--steps", "2", "--decay", "0") == 0
         assert self.run(base, tmp_path / "out", "--steps", "2", "--decay", "0", "--export", f"{tmp_path}/asked") == 0

@@ -367,6 +367,13 @@ class TestAlterations:
                 plain, penalised = (2.0, 1.0) if token % 2 == 0 else (-2.0, -4.0)
                 assert row[token] == (penalised if token in tokens else plain)
 
+    def test_who_only_waits_holds_no_row_of_the_vocabulary(self) -> None:
+        """A thousand choices may wait."""
+        params = SamplingParams(presence_penalty=0.5, repetition_penalty=2.0, logit_bias={4: 1.0})
+        state = SamplingState(params, PROMPT, 0, 0, ENDS, VOCAB, CPU)
+        assert state.alters
+        assert not [value for value in vars(state).values() if isinstance(value, Tensor) and value.numel() >= VOCAB]
+
     def test_bias_is_added_at_every_row(self) -> None:
         rows = self.altered(SamplingParams(logit_bias={4: 2.5, 0: -100.0}), [1, 1])
         assert rows[:, 4].tolist() == [3.5] * 3

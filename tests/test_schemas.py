@@ -34,6 +34,7 @@ def test_null_is_the_default_and_no_ops_are_accepted() -> None:
     assert parse(f'{{"prompt": "a", {nulls}}}') == plain
     assert parse('{"prompt": "a", "suffix": null, "use_beam_search": false, "length_penalty": 1}') == plain
     assert parse('{"prompt": "a", "response_format": {"type": "text"}}') == plain
+    assert parse('{"prompt": "a", "response_format": null, "add_special_tokens": null}') == plain
 
 
 def test_maps_and_single_stop_strings() -> None:

@@ -73,7 +73,9 @@ class TestWhereItLies:
         monkeypatch.setenv("XDG_CACHE_HOME", "")
         assert default_path(open_checkpoint(str(model))).parent == Path.home() / ".cache" / "skippy" / "plans"
 
-    def test_where_nothing_can_be_written_is_known_before(self) -> None:
+    def test_where_nothing_can_be_written_is_known_before(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="is a folder"):
+            check_writable(tmp_path)
         with pytest.raises(ConfigError, match=r"cannot write /dev/null/x.json"):
             check_writable(Path("/dev/null/x.json"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import select
 import subprocess
@@ -228,6 +229,15 @@ class TestEnds:
             assert str(tmp_path / "lost") in event.message
             assert process.receive() is None
             assert process.exit_code() == 2
+
+    def test_it_logs_what_it_is_told_to(self, tmp_path: Path) -> None:
+        root = logging.getLogger()
+        before = root.level
+        try:
+            code, _ = in_process(Start(EngineConfig(model=str(tmp_path / "lost")), "error"))
+            assert (code, root.level) == (2, logging.ERROR)
+        finally:
+            root.setLevel(before)
 
     def test_closing_the_pipe_ends_it_in_the_middle_of_a_request(self, config: EngineConfig) -> None:
         with worker() as process:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 
+from skippy.engine.config import EngineConfig
 
-def describe_choice(chosen: str, has_adapter: bool, model: str, training: Callable[[], str]) -> str:
+
+def describe_choice(chosen: str, has_adapter: bool, config: EngineConfig, training: Callable[[], str]) -> str:
     """One line for the log: what `--drafter auto` took, and why.
 
     Args:
         has_adapter: of whichever kind.
-        model: as the user named it.
         training: says what a training takes here; asked only where there is none.
     """
     if has_adapter:
@@ -19,7 +20,10 @@ def describe_choice(chosen: str, has_adapter: bool, model: str, training: Callab
     what = "what repeats is looked up"
     if chosen == "hybrid":
         what += ", for the rest the likeliest tokens of before are drafted again"
-    return f"drafter {chosen}: the model has no adapter, so {what}; to train one, {training()}: {train_command(model)}"
+    return (
+        f"drafter {chosen}: the model has no adapter, so {what}; to train one, {training()}: {train_command(config)}, "
+        "then --adapter adapter"
+    )
 
 
 def describe_learning(chosen: str, folder: str) -> str:
@@ -28,6 +32,13 @@ def describe_learning(chosen: str, folder: str) -> str:
     return f"drafter {chosen}: {until} until an adapter is learnt in {folder}"
 
 
-def train_command(model: str) -> str:
-    """What trains an adapter for a model."""
-    return f"skippy train {shlex.quote(model)} -o adapter"
+def train_command(config: EngineConfig) -> str:
+    """What trains an adapter for the model of a configuration, loaded as it says."""
+    default = EngineConfig()
+    flags = {name: getattr(config, name) for name in ("revision", "device", "dtype", "quantization")}
+    changed = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+        for name, value in flags.items()
+        if value != getattr(default, name)
+    ]
+    return " ".join(("skippy train", shlex.quote(config.model), "-o adapter", *changed))

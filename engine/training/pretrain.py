@@ -152,8 +152,11 @@ def run_pretraining(
     output.mkdir(parents=True, exist_ok=True)
     tokens = load_tokens(sources, checkpoint.path / "tokenizer.json", output / TOKENS, display)
     tokenizer = Tokenizer.load(checkpoint.path)
-    recipe = _recipe(options, tokens, checkpoint.path, layers)
     share = Fraction(options.python_share).limit_denominator(1000)
+    shares = {"python": share, "stories": 1 - share}
+    wanted = [kind for kind in KINDS if shares[kind]]
+    _check_enough(tokens, wanted, options.length)
+    recipe = _recipe(options, tokens, checkpoint.path, layers)
     streams = {kind: tokens[f"{kind}.train"] for kind in KINDS}
     spans = Spans(streams, share, options.length, options.seed, _fim_tokens(tokenizer))
     run = _Run(
@@ -161,7 +164,7 @@ def run_pretraining(
         options,
         output,
         recipe,
-        {kind: held_out_spans(tokens[f"{kind}.held_out"], options.length, options.held_out) for kind in KINDS},
+        {kind: held_out_spans(tokens[f"{kind}.held_out"], options.length, options.held_out) for kind in wanted},
         torch.tensor([len(tokenizer.token_bytes(i)) for i in range(checkpoint.vocab_size)]),
         display,
     )
@@ -173,6 +176,17 @@ def run_pretraining(
         run.to_the_end()
     export(export_to or output / "model", checkpoint.path, config, model)
     display.keep(f"the model of step {run.trainer.step} is in {export_to or output / 'model'}")
+
+
+def _check_enough(tokens: Mapping[str, Tensor], kinds: Sequence[str], length: int) -> None:
+    """Raise ConfigError unless there is text of every kind, to train on and to hold out."""
+    for kind in kinds:
+        for part, least in (("train", 3 * length), ("held_out", length + 1)):
+            if (found := len(tokens[f"{kind}.{part}"])) < least:
+                raise ConfigError(
+                    f"{found} tokens of {kind} are there for {part}, and sequences of {length} need {least} at least: "
+                    "give more text (--stories), or a --python-share of 1 or 0 that does without."
+                )
 
 
 def _recipe(options: PretrainOptions, tokens: Mapping[str, Tensor], source: Path, layers: int) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
 
 from skippy.engine import BUILTIN_MODEL, Engine, EngineConfig, SamplingParams, Tokenizer
-from skippy.engine.bench import decode
+from skippy.engine.bench import LOOPING_BELOW, decode, distinct_grams
 
 STORIES = (
     "Once upon a time there was a small hedgehog who was afraid of the dark. One night",
@@ -68,17 +67,11 @@ def main() -> None:
                 **vars(options),
                 "stories_distinct_4grams": statistics.mean(stories),
                 "stories_least": min(stories),
-                "stories_below_0.8": sum(share < 0.8 for share in stories),
+                "stories_looping": sum(share < LOOPING_BELOW for share in stories),
                 "code_distinct_4grams": statistics.mean(code),
             }
         )
     )
-
-
-def distinct_grams(tokens: Sequence[int]) -> float:
-    """The share of distinct 4-grams among all of a text; 1 if it is shorter than that."""
-    grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
-    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def _parse() -> argparse.Namespace:
