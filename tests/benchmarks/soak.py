@@ -75,7 +75,7 @@ class Soak:
             "n": r.choice([1, 1, 1, 2]),
             "frequency_penalty": r.choice([0, 0.3]),
             "stop": r.choice([None, ["\n\n"]]),
-            "skippy": {"drafter": r.choice(["none", "ngram"])},
+            "skippy": {"drafter": r.choice([None, "none", "ngram", "s3d"])},
             "stream": True,
         }
 
