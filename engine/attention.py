@@ -294,7 +294,7 @@ def capped_attention(
     return scores.softmax(-1).to(values.dtype) @ values
 
 
-@lru_cache(4)
+@lru_cache(64)
 def _ancestor_mask(
     num_ridden: int, width: int, beyond: int, group: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:

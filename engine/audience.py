@@ -10,7 +10,7 @@ from torch import Tensor
 from skippy.engine.drafters.base import Drafter, Followed, Follower, Observer, Reader
 from skippy.engine.drafters.s3d import S3DFusedDrafter
 from skippy.engine.runner import Computed
-from skippy.engine.scheduler import Schedule
+from skippy.engine.scheduler import Schedule, Work
 from skippy.engine.sequence import Sequence
 from skippy.engine.tensors import to_device
 
@@ -63,7 +63,7 @@ class Audience:
             rows += work.num_logits(len(draft))
             riders += (len(draft) + 1) * work.riders
             sequence = work.sequence
-            if sequence.finish_reason is None:
+            if sequence.finish_reason is None and stands(work):
                 unaccepted = work.start + work.num_known + len(draft) - sequence.computed
                 end = riders - unaccepted * work.riders
                 newest.setdefault(sequence.drafter, []).append(sequence)
@@ -87,7 +87,7 @@ class Audience:
         row = 0
         for work, draft in zip(schedule.work, drafts, strict=True):
             sequence = work.sequence
-            if sequence.finish_reason is None:
+            if sequence.finish_reason is None and stands(work):
                 part = Followed(sequence, row, work.start, sequence.computed - work.start)
                 parts.setdefault(sequence.drafter, []).append(part)
             row += work.num_known + len(draft)
@@ -103,10 +103,15 @@ class Audience:
         for work, draft in zip(schedule.work, drafts, strict=True):
             sequence, count = work.sequence, work.num_logits(len(draft))
             end += count
-            if sequence.drafter in self._readers and sequence.finish_reason != "error":
+            if sequence.drafter in self._readers and stands(work):
                 known = sequence.tokens[work.start : work.start + work.num_known]
                 tokens.setdefault(sequence.drafter, []).extend([*known, *draft][-count:])
                 rows.setdefault(sequence.drafter, []).extend(range(end - count, end))
         for name, reader in self._readers.items():
             if name in rows:
                 reader.read(tokens[name], logits[to_device(rows[name], logits.device)])
+
+
+def stands(work: Work) -> bool:
+    """Whether anything of it was committed, and not erased because something of it was not finite."""
+    return work.sequence.computed > work.start

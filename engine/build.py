@@ -229,12 +229,21 @@ def _dtype(config: EngineConfig, checkpoint: Checkpoint, device: torch.device) -
             raise ConfigError("float16 is not supported on CPU; use float32 or bfloat16.")
         return dtype
     if device.type == "cuda":
-        if checkpoint.dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:
-            logger.info("dtype float16: this GPU computes bfloat16, the checkpoint's type, only by detours")
-            return torch.float16
-        return checkpoint.dtype
+        taken = gpu_dtype(checkpoint, torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY)
+        if taken != checkpoint.dtype:
+            name = str(taken).removeprefix("torch.")
+            logger.info("dtype %s: this GPU computes bfloat16, the checkpoint's, only by detours", name)
+        return taken
     # float32 sums over packed float16 weights read as few bytes as bfloat16, with fewer conversions.
     return torch.float32
+
+
+def gpu_dtype(checkpoint: Checkpoint, has_bfloat16: bool) -> torch.dtype:
+    """What `auto` takes on a GPU."""
+    if has_bfloat16 or checkpoint.dtype != torch.bfloat16:
+        return checkpoint.dtype
+    # The hidden states of a Gemma exceed the range of float16 (huggingface/transformers issue 36822).
+    return torch.float32 if checkpoint.config.norm_offset else torch.float16
 
 
 def cpu_cache_bytes(longest: int, available: int) -> int:

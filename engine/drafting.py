@@ -156,7 +156,7 @@ class Drafting:
         }
         hybrid = self.drafters.get(HybridDrafter.name)
         if isinstance(hybrid, HybridDrafter):
-            hybrid.paid_width = self._granted[hybrid.name]
+            hybrid.begin(self._granted[hybrid.name])
         # Drafts that cost nothing may be wider than what the controller allows.
         return {name: max(width, self._free_width(name)) for name, width in self._granted.items()}
 

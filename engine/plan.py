@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from skippy.engine.adapter import AdapterConfig, part_sizes
-from skippy.engine.build import CUDA_RESERVE_BYTES, cpu_cache_bytes
+from skippy.engine.build import CUDA_RESERVE_BYTES, cpu_cache_bytes, gpu_dtype
 from skippy.engine.config import EngineConfig
 from skippy.engine.errors import ConfigError
 from skippy.engine.hub import find_model
@@ -179,7 +179,8 @@ def _prepare(config: EngineConfig, options: PlanOptions) -> _Job:
     on_cpu = options.gpu == "cpu"
     if on_cpu and config.dtype == "float16":
         raise ConfigError("float16 is not supported on CPU; use float32 or bfloat16.")
-    auto = torch.float32 if on_cpu else checkpoint.dtype
+    card = CARDS[options.gpu]
+    auto = torch.float32 if on_cpu else gpu_dtype(checkpoint, card.has_bfloat16)
     dtype: torch.dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     sizes = model_sizes(checkpoint.config)
     if on_cpu:
@@ -188,7 +189,6 @@ def _prepare(config: EngineConfig, options: PlanOptions) -> _Job:
     else:
         weights = weights_on_gpu(sizes, dtype.itemsize, config.quantization, wanted_len)
     adapter = TrainOptions().adapter_config(checkpoint.config, sizes.parameters * checkpoint.dtype.itemsize)
-    card = CARDS[options.gpu]
     return _Job(config, options, checkpoint, card, sizes, dtype.itemsize, wanted_len, weights, adapter)
 
 

@@ -52,12 +52,12 @@ class Card:
     int8: float
     single: float
     source: str
+    has_bfloat16: bool = True
 
 
 CARDS: Mapping[str, Card] = {
     "a10g": Card("NVIDIA A10G", 24 * GB, 600e9, 70e12, 140e12, 35e12, "NVIDIA A10G datasheet"),
-    # Turing has no bfloat16: half precision is float16.
-    "t4": Card("NVIDIA T4", 16 * GB, 320e9, 65e12, 130e12, 8.1e12, "NVIDIA T4 product brief"),
+    "t4": Card("NVIDIA T4", 16 * GB, 320e9, 65e12, 130e12, 8.1e12, "NVIDIA T4 product brief", has_bfloat16=False),
     "l4": Card("NVIDIA L4", 24 * GB, 300e9, 121e12, 242e12, 30.3e12, "NVIDIA L4 datasheet"),
     "3090": Card("GeForce RTX 3090", 24 * GB, 936e9, 71e12, 284e12, 35.6e12, "NVIDIA GA102 whitepaper"),
     "4090": Card("GeForce RTX 4090", 24 * GB, 1008e9, 165.2e12, 660.6e12, 82.6e12, "NVIDIA Ada whitepaper"),

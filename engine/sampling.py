@@ -23,6 +23,8 @@ from skippy.engine.tensors import to_device
 from skippy.engine.types import SamplingParams
 
 _MASK64 = 2**64 - 1
+SAMPLED_AT_ONCE = 2**23
+"""Scores that are sampled from together, in half a dozen arrays of their size: what a GPU keeps free bears that."""
 _FEW = 512
 """How many of the likeliest tokens top_p looks at before it sorts them all."""
 
@@ -151,9 +153,12 @@ def choose(logits: Tensor, groups: Sequence[RowGroup]) -> list[list[int]]:
         row = end
     tokens = logits.argmax(-1)
     if sampled:
-        rows = to_device(sampled, logits.device)
-        scale = torch.tensor(temperatures, dtype=torch.float32, device=logits.device)
-        tokens[rows] = _sample(logits[rows] / scale[:, None], owners, keys)
+        at_once = max(1, SAMPLED_AT_ONCE // logits.shape[-1])
+        for start in range(0, len(sampled), at_once):
+            part = slice(start, start + at_once)
+            rows = to_device(sampled[part], logits.device)
+            scale = torch.tensor(temperatures[part], dtype=torch.float32, device=logits.device)
+            tokens[rows] = _sample(logits[rows] / scale[:, None], owners[part], keys[part])
     flat = tokens.tolist()
     chosen, row = [], 0
     for group in groups:

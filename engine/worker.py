@@ -61,7 +61,9 @@ class Worker:
             for command in early:
                 self._obey(engine, command)
             while True:
-                told = self._take_commands(engine, wait=not engine.has_work and not engine.learn())
+                told = self._take_commands(engine, wait=False)
+                if not told and not engine.has_work and not engine.learn():
+                    told = self._take_commands(engine, wait=True)
                 if engine.has_work:
                     self._send(Stepped(engine.step()))
                 elif told:

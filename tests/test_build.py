@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from support_engine import TINY_CONFIG, write_checkpoint
 
 from skippy.engine import CheckpointError, ConfigError, EngineConfig
-from skippy.engine.build import CPU_KV_BYTES, Build, _dtype, build
+from skippy.engine.build import CPU_KV_BYTES, Build, _dtype, build, gpu_dtype
 from skippy.engine.weights import open_checkpoint
 
 BLOCK_BYTES = 2 * 3 * 32 * 2 * 16 * 4
@@ -69,6 +70,12 @@ class TestDtypeAndDevice:
         checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, dtype=stored)))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         assert _dtype(EngineConfig(), checkpoint, torch.device("cuda")) == getattr(torch, taken)
+
+    def test_a_gemma_does_not_fit_into_float16(self, tmp_path: Path) -> None:
+        checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, dtype="bfloat16")))
+        gemma = replace(checkpoint, config=replace(checkpoint.config, norm_offset=1.0))
+        assert gpu_dtype(gemma, has_bfloat16=False) == torch.float32
+        assert gpu_dtype(gemma, has_bfloat16=True) == torch.bfloat16
 
     def test_a_gpu_that_is_too_small_is_told_with_a_way_out(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

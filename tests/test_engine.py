@@ -24,6 +24,7 @@ from skippy.engine import (
     SequenceOutput,
     StepStats,
 )
+from skippy.engine.drafters.base import Followed
 from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.model import CausalLM
 from skippy.engine.reference import reference_logits
@@ -292,7 +293,11 @@ class TestDraftersThatFail:
 
     @pytest.mark.parametrize("prefix_caching", [True, False])
     def test_with_a_token_that_the_model_cannot_bear(
-        self, folder: Path, prefix_caching: bool, monkeypatch: pytest.MonkeyPatch
+        self,
+        folder: Path,
+        prefix_caching: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         engine = Engine(
             EngineConfig(model=str(folder), device="cpu", block_size=4, enable_prefix_caching=prefix_caching)
@@ -304,7 +309,19 @@ class TestDraftersThatFail:
         model, poison = engine.runner.model, next(token for token in range(97) if token not in seen)
 
         class Poisoner(NoDrafter):
+            """One that is also shown what became of its drafts, in each of the ways there are."""
+
             name = "ngram"
+            taps = (0, 1)
+
+            def observe(self, _: SequenceOf[Sequence], hidden: torch.Tensor, __: object) -> None:
+                assert hidden.isfinite().all()
+
+            def follow(self, parts: SequenceOf[Followed], _: object) -> None:
+                assert all(part.num_rows > 0 for part in parts)
+
+            def read(self, _: SequenceOf[int], logits: torch.Tensor) -> None:
+                assert logits.isfinite().all()
 
             def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
                 return [
@@ -315,6 +332,7 @@ class TestDraftersThatFail:
         monkeypatch.setattr(model, "embed", nan_for(model, poison))
         poisoned = [replace(r, drafter="ngram" if r.request_id == "1" else "none") for r in requests]
         assert tokens_of(run_dry(engine, poisoned)) == alone
+        assert "did not learn" not in caplog.text
         assert not engine.runner.pool.values[:, : engine.runner.pool.padding_slot].isnan().any()
         engine.check()
 

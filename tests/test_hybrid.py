@@ -139,6 +139,22 @@ def test_the_controller_limits_what_is_not_looked_up() -> None:
     assert drafts == [[7, 8], [90], [91]]
     assert [limit for _, limit in told.asked] == [2, 5]
     assert hybrid.free == {repeating}
+    hybrid.release(repeating)
+    assert hybrid.free == {repeating}, "the step that was its last one was no dearer"
+    hybrid.begin(2)
+    assert not hybrid.free
+
+
+def test_who_asks_in_vain_has_paid(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told()
+    hybrid = HybridDrafter(SuffixDrafter(None), told, draft_cost=0.1)
+    other = sequence(5, 6, 7)
+    for _ in range(100):
+        hybrid.propose([other], [4])
+        other.last_accepted = 3
+    monkeypatch.setattr(told, "propose", lambda sequences, _limits: [[] for _ in sequences])
+    assert hybrid.propose([sequence(*REPEATING)], [4])[0][:2] == [7, 8], "what was looked up is better than nothing"
+    assert not hybrid.free
 
 
 def test_where_the_others_drafts_cost_no_more_none_is_free() -> None:

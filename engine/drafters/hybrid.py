@@ -30,8 +30,8 @@ class HybridDrafter:
 
     Attributes:
         free_width: the most tokens of a draft that costs nothing but its rows; 0 if the other's cost no more.
-        paid_width: the most tokens of the other's drafts for adaptive sequences, set before each step.
-        free: whose drafts of the last proposal cost nothing.
+        paid_width: the most tokens of the other's drafts for adaptive sequences.
+        free: whose drafts of this step cost nothing; those whose last step this is are among them.
     """
 
     name = "hybrid"
@@ -57,7 +57,6 @@ class HybridDrafter:
 
     def release(self, sequence: Sequence) -> None:
         self._asked.discard(sequence)
-        self.free = self.free - {sequence}
         for drafter in self.parts:
             if isinstance(drafter, Keeper):
                 drafter.release(sequence)
@@ -73,21 +72,27 @@ class HybridDrafter:
             cost = min(self._draft_seconds / verify_seconds, LARGEST_COST)
             self._draft_cost += COST_SHARE * (cost - self._draft_cost)
 
+    def begin(self, paid_width: int) -> None:
+        """Before each step."""
+        self.paid_width, self.free = paid_width, frozenset()
+
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         self._learn(sequences)
         found = [self._lookup.look_up(s, limit) for s, limit in zip(sequences, limits, strict=True)]
         drafts = [lookup.draft for lookup in found]
         left = [place for place, lookup in enumerate(found) if not self._suffices(lookup)]
+        granted = [self._limit(sequences[i], limits[i]) for i in left]
         began = time.perf_counter()
-        others = self._other.propose([sequences[i] for i in left], [self._limit(sequences[i], limits[i]) for i in left])
+        others = self._other.propose([sequences[i] for i in left], granted)
         self._draft_seconds = time.perf_counter() - began
         for place, draft in zip(left, others, strict=True):
             if draft:
                 drafts[place] = draft
                 self._asked.add(sequences[place])
         if self.free_width:
-            looked_up = zip(sequences, drafts, strict=True)
-            self.free = {sequence for sequence, draft in looked_up if draft and sequence not in self._asked}
+            # Who asked in vain has paid as well.
+            paid = {sequences[i] for i, limit in zip(left, granted, strict=True) if limit}
+            self.free = {s for s, draft in zip(sequences, drafts, strict=True) if draft and s not in paid}
         return drafts
 
     def _suffices(self, lookup: Lookup) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from support_engine import IdentityDrafter, OracleDrafter, RandomDrafter, run_dry, tokens_of
+from support_families import tiny, write_family
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams
 
@@ -44,5 +47,17 @@ def test_the_gpu_agrees_with_the_cpu() -> None:
             )
         )
         for device in ("cpu", "cuda")
+    ]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("name", ["Qwen3-8B", "Gemma-3-4B"])
+def test_families_agree_with_the_cpu(name: str, tmp_path: Path) -> None:
+    write_family(tmp_path, tiny(name, max_position_embeddings=256, num_hidden_layers=3))
+    params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    outputs = [
+        tokens_of(run_dry(Engine(EngineConfig(model=str(tmp_path), device=device, dtype="float32")), [request]))
+        for device in ("cpu", "cuda")
+        for request in [Request("r", (3, 4, 5, 6), params)]
     ]
     assert outputs[0] == outputs[1]
