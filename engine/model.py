@@ -17,7 +17,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -94,21 +94,18 @@ class ModelConfig:
         return tuple(self.sliding_window if layer in self.sliding_layers else None for layer in layers)
 
 
-class LayerStep(NamedTuple):
-    layer: int
-
-
-Plan = tuple[LayerStep, ...]
+Plan = tuple[int, ...]
+"""The layers that a pass runs through."""
 
 
 def full_plan(config: ModelConfig) -> Plan:
     """Every layer: what the verifier runs."""
-    return tuple(LayerStep(layer) for layer in range(config.num_hidden_layers))
+    return tuple(range(config.num_hidden_layers))
 
 
 def skipping_plan(config: ModelConfig, start: int, end: int) -> Plan:
     """The layers outside the skip band [start, end) (arXiv 2405.20314, section 3)."""
-    return tuple(step for step in full_plan(config) if not start <= step.layer < end)
+    return tuple(layer for layer in full_plan(config) if not start <= layer < end)
 
 
 class Adapter(Protocol):
@@ -403,16 +400,16 @@ class CausalLM(nn.Module):
         rotations = [(cos[batch.positions], sin[batch.positions]) for cos, sin in self._rope_tables(x)]
         shared = _Pass(rotations, attend, adapter)
         tapped: dict[int, Tensor] = {}
-        for step in plan:
+        for index in plan:
             if adapter is not None:
-                x = adapter.enter(step.layer, x)
-            if step.layer in taps:
-                tapped[step.layer] = x
-            layer = self.model.layers[step.layer]
+                x = adapter.enter(index, x)
+            if index in taps:
+                tapped[index] = x
+            layer = self.model.layers[index]
             if checkpointing:
-                x = checkpoint(layer, x, step.layer, shared, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, index, shared, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, step.layer, shared)
+                x = layer(x, index, shared)
         end = self.config.num_hidden_layers
         if adapter is not None:
             x = adapter.enter(end, x)
