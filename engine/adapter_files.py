@@ -96,15 +96,15 @@ def save_adapter(folder: Path, adapter: S3DAdapter, checkpoint: Checkpoint, trai
         (folder / f"{name}.new").replace(folder / name)
 
 
-def adapter_folder(checkpoint: Checkpoint, given: str | None) -> Path | None:
-    """The folder given, or downloaded from the hub, or the one beside the model, or None.
+def adapter_folder(model: Path, given: str | None) -> Path | None:
+    """The folder given, or downloaded from the hub, or the one in the folder of the model, or None.
 
     Raises:
         CheckpointError: what is given cannot be downloaded.
     """
     if given is not None:
         return find_trained(given)
-    beside = checkpoint.path / BESIDE_MODEL
+    beside = model / BESIDE_MODEL
     return beside if (beside / "adapter.json").exists() else None
 
 

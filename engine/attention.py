@@ -1,4 +1,4 @@
-"""Attention over the paged pool. The protocol, and the reference on PyTorch's SDPA.
+"""Attention over the paged pool, on PyTorch's SDPA.
 
 Exactness: the result of a row depends on its own position and nothing else. Rows are cut
 where a KV block ends, so a row at position p always reads the same whole blocks, whoever
@@ -42,25 +42,8 @@ class PassAttention(Protocol):
         ...
 
 
-class AttentionBackend(Protocol):
-    def begin(
-        self,
-        segments: list[Segment],
-        slots: Tensor,
-        riders: Sequence[RiderSegment] = (),
-        first_draft: int | None = None,
-    ) -> PassAttention:
-        """first_draft: the rows from there on are a drafter's; what they cache stays finite."""
-        ...
-
-    @property
-    def slack_rows(self) -> int:
-        """How many rows a batch must have beyond its last segment."""
-        ...
-
-
 class SDPAAttention:
-    """The reference backend: `scaled_dot_product_attention`, segment by segment.
+    """`scaled_dot_product_attention`, segment by segment.
 
     Args:
         max_len: the longest sequence, in tokens.
@@ -81,7 +64,6 @@ class SDPAAttention:
         softcap: float | None = None,
     ) -> None:
         self.pool = pool
-        self.num_heads = num_heads
         self.num_kv_heads, self.head_dim = pool.keys.shape[2:]
         self.group = num_heads // self.num_kv_heads
         self.scale = scale
@@ -94,6 +76,7 @@ class SDPAAttention:
 
     @property
     def slack_rows(self) -> int:
+        """How many rows a batch must have beyond its last segment."""
         return self.multiple - 1
 
     def begin(
@@ -103,6 +86,11 @@ class SDPAAttention:
         riders: Sequence[RiderSegment] = (),
         first_draft: int | None = None,
     ) -> PassAttention:
+        """Attention of a pass.
+
+        Args:
+            first_draft: the rows from there on are a drafter's; what they cache stays finite.
+        """
         return _SDPAPass(self, segments, slots, riders, first_draft)
 
     def first_block(self, position: int, window: int | None) -> int:
@@ -140,7 +128,7 @@ class SDPAAttention:
         return mask.masked_fill(hidden, float("-inf"))
 
     def part(self, segment: Segment, window: int | None) -> _Part:
-        """What one segment is to the layers with a window."""
+        """What one segment is to the layers with this window."""
         rows = -(-segment.num_rows // self.multiple) * self.multiple
         return _Part(
             slice(segment.row * self.group, (segment.row + segment.num_rows) * self.group),

@@ -7,7 +7,7 @@ from collections.abc import Sequence as SequenceOf
 
 from torch import Tensor
 
-from skippy.engine.drafters.base import Drafter, Followed, Follower, Observer, Reader
+from skippy.engine.drafters.base import Drafter, Followed, Follower, Reader
 from skippy.engine.drafters.s3d import S3DFusedDrafter
 from skippy.engine.runner import Computed
 from skippy.engine.scheduler import Schedule, Work
@@ -24,17 +24,14 @@ class Audience:
 
     def __init__(self, fused: S3DFusedDrafter | None) -> None:
         self._fused = fused
-        self._observers: dict[str, Observer] = {}
         self._followers: dict[str, Follower] = {}
         self._readers: dict[str, Reader] = {}
 
     def seat(self, name: str, parts: Iterable[Drafter]) -> None:
         """Show what concerns sequences of the drafter `name` to these, and no more to those before."""
-        for seats in (self._observers, self._followers, self._readers):
+        for seats in (self._followers, self._readers):
             seats.pop(name, None)
         for part in parts:
-            if isinstance(part, Observer):
-                self._observers[name] = part
             if isinstance(part, Follower):
                 self._followers[name] = part
             if isinstance(part, Reader):
@@ -43,41 +40,29 @@ class Audience:
     def taps(self, schedule: Schedule) -> set[int]:
         """The layers whose input somebody wants to see of this pass."""
         names = {work.sequence.drafter for work in schedule.work}
-        seats: list[Observer | Follower] = [o for name, o in self._observers.items() if name in names]
-        seats += [follower for name, follower in self._followers.items() if name in names]
-        return {layer for seat in seats for layer in seat.taps}
+        return {layer for name, follower in self._followers.items() if name in names for layer in follower.taps}
 
     def show(self, schedule: Schedule, drafts: SequenceOf[list[int]], computed: Computed, logits: Tensor) -> None:
         """Show a pass, once its tokens are committed."""
-        self._show_newest(schedule, drafts, computed)
-        self._show_all(schedule, drafts, computed.tapped_rows)
+        self._show_riders(schedule, drafts, computed.riders)
+        self._show_all(schedule, drafts, computed.tapped)
         self._show_logits(schedule, drafts, logits)
 
-    def _show_newest(self, schedule: Schedule, drafts: SequenceOf[list[int]], computed: Computed) -> None:
-        """What the pass computed at each sequence's newest computed token, and of the masks behind it."""
-        newest: dict[str, list[Sequence]] = {}
-        row_of: dict[Sequence, int] = {}
-        riders_of: dict[Sequence, Tensor] = {}
-        rows = riders = 0
+    def _show_riders(self, schedule: Schedule, drafts: SequenceOf[list[int]], riders: Tensor) -> None:
+        """What became of the masks behind each sequence's newest computed token."""
+        if self._fused is None:
+            return
+        newest: dict[Sequence, Tensor] = {}
+        end = 0
         for work, draft in zip(schedule.work, drafts, strict=True):
-            rows += work.num_logits(len(draft))
-            riders += (len(draft) + 1) * work.riders
+            end += (len(draft) + 1) * work.riders
             sequence = work.sequence
             if sequence.finish_reason is None and stands(work):
                 unaccepted = work.start + work.num_known + len(draft) - sequence.computed
-                end = riders - unaccepted * work.riders
-                newest.setdefault(sequence.drafter, []).append(sequence)
-                row_of[sequence] = rows - 1 - unaccepted
-                if self._fused:
-                    riders_of[sequence] = computed.riders[end - work.riders : end]
-                    sequence.ridden = work.riders
-        if self._fused:
-            self._fused.collect(riders_of)
-        for name, observer in self._observers.items():
-            if name in newest:
-                places = to_device([row_of[sequence] for sequence in newest[name]], computed.hidden.device)
-                tapped = {layer: x[places] for layer, x in computed.tapped.items()}
-                observer.observe(newest[name], computed.hidden[places], tapped)
+                last = end - unaccepted * work.riders
+                newest[sequence] = riders[last - work.riders : last]
+                sequence.ridden = work.riders
+        self._fused.collect(newest)
 
     def _show_all(self, schedule: Schedule, drafts: SequenceOf[list[int]], tapped: Mapping[int, Tensor]) -> None:
         """Every row that the pass computed and that stands."""

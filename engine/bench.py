@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from skippy.engine.adapter_files import BESIDE_MODEL
+from skippy.engine.adapter_files import adapter_folder
 from skippy.engine.config import EngineConfig
 from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
@@ -31,7 +31,6 @@ from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError
-from skippy.engine.hub import find_trained
 from skippy.engine.loading import weight_files
 from skippy.engine.memory import peak_bytes, reset_peak
 from skippy.engine.prompts import read_prompts
@@ -434,11 +433,10 @@ def encode_prompts(engine: Engine, texts: Iterable[str], max_tokens: int, source
 def _hashes(config: EngineConfig, engine: Engine) -> dict[str, str | None]:
     """SHA-256 of the weights of the model, and of its adapter if it has one."""
     folder = Path(engine.info.model_path)
-    beside = folder / BESIDE_MODEL if config.adapter is None else find_trained(config.adapter)
-    adapter = [beside / "adapter.safetensors"] if S3DDrafter.name in engine.drafting.drafters else []
+    adapter = adapter_folder(folder, config.adapter) if S3DDrafter.name in engine.drafting.drafters else None
     return {
         "model_sha256": sha256_of(weight_files(folder)),
-        "adapter_sha256": sha256_of(adapter) if adapter else None,
+        "adapter_sha256": None if adapter is None else sha256_of([adapter / "adapter.safetensors"]),
     }
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,8 +78,10 @@ def build(config: EngineConfig, report: Report | None = None, reserve: Reserve |
         num_blocks = _num_blocks(config, checkpoint, eagle, dtype, device, wanted_len, reserved)
         max_model_len = _fitting_len(config, wanted_len, num_blocks)
         logger.info("context %s of %s", f"{max_model_len:,}", f"{checkpoint.config.max_position_embeddings:,}")
-        runner = _lay_out(model, tiling, num_blocks, config.block_size, max_model_len, dtype, device)
-        eagle_cache = None if eagle is None else _cache_of_head(eagle, runner, max_model_len)
+        lay_out = partial(_lay_out, model, num_blocks, config.block_size, max_model_len, dtype, device)
+        runner = lay_out(model.config, tiling)
+        # A layer of its own in as many blocks; its rows need not be the same to the bit.
+        eagle_cache = None if eagle is None else lay_out(eagle.config.layer, Tiling(1, 2**31))
     return Build(checkpoint, runner, max_model_len, adapter, eagle, eagle_cache)
 
 
@@ -107,7 +110,7 @@ def _trained_parts(
     if config.learn is not None:
         return _learnt_adapter(config, checkpoint, dtype, device), None
     wanted = config.adapter is not None or config.drafter != "none"
-    folder = adapter_folder(checkpoint, config.adapter) if wanted else None
+    folder = adapter_folder(checkpoint.path, config.adapter) if wanted else None
     if folder is None:
         return None, None
     if is_eagle(folder):
@@ -149,25 +152,20 @@ def _load(
 
 def _lay_out(
     model: CausalLM,
-    tiling: Tiling,
     num_blocks: int,
     block_size: int,
     max_len: int,
     dtype: torch.dtype,
     device: torch.device,
+    shape: ModelConfig,
+    tiling: Tiling,
 ) -> Runner:
-    """The cache, and what computes passes over it."""
-    shape = model.config
+    """A cache for layers of one shape, and what computes passes over it."""
     pool = KVPool(
         shape.num_hidden_layers, num_blocks, block_size, shape.num_key_value_heads, shape.head_dim, dtype, device
     )
     attention = SDPAAttention(
-        pool,
-        shape.num_attention_heads,
-        max_len,
-        shape.attention_scale,
-        windows=shape.windows,
-        softcap=shape.attention_softcap,
+        pool, shape.num_attention_heads, max_len, shape.attention_scale, shape.windows, shape.attention_softcap
     )
     return Runner(model, pool, attention, tiling)
 
@@ -182,7 +180,7 @@ def _learnt_adapter(
         if given is not None:
             logger.info("learning goes on with the adapter in %s, not with %s", config.learn, given)
         given = config.learn
-    folder = adapter_folder(checkpoint, given)
+    folder = adapter_folder(checkpoint.path, given)
     if folder is None:
         return None
     if is_eagle(folder):
@@ -191,22 +189,6 @@ def _learnt_adapter(
     if adapter.config.fused:
         raise ConfigError("A fused adapter cannot learn from what is served: use skippy train --fused.")
     return adapter
-
-
-def _cache_of_head(head: EagleHead, runner: Runner, max_len: int) -> Runner:
-    """A cache of one layer in as many blocks as the model's."""
-    layer, of_model = head.config.layer, runner.pool
-    pool = KVPool(
-        1,
-        of_model.num_blocks,
-        of_model.block_size,
-        layer.num_key_value_heads,
-        layer.head_dim,
-        of_model.keys.dtype,
-        of_model.keys.device,
-    )
-    attention = SDPAAttention(pool, layer.num_attention_heads, max_len, layer.attention_scale)
-    return Runner(runner.model, pool, attention, Tiling(1, 2**31))
 
 
 def choose_device(config: EngineConfig) -> torch.device:

@@ -60,7 +60,7 @@ class Drafting:
         priors: Mapping[str, Prior],
         *,
         share: bool,
-        learns: bool = False,
+        learns: bool,
     ) -> None:
         # Not the whole of `built`: its adapter may be replaced.
         self._runner, self._base, self._states = built.runner, built.checkpoint, states

@@ -6,6 +6,7 @@ import logging
 import random
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -161,14 +162,10 @@ class Engine:
     def learn(self) -> bool:
         """With nothing to serve, do a small piece of learning; False if there is nothing to learn."""
         assert not self.has_work, "a request would wait"
-        try:
+        with _at_most_logged("learning ends here; serving goes on"):
             return self._learner is not None and self._learner.work()
-        except torch.AcceleratorError:
-            raise
-        except Exception:
-            logger.exception("learning ends here; serving goes on")
-            self._learner = None
-            return False
+        self._learner = None
+        return False
 
     def step(self) -> StepOutput:
         """Propose, verify, choose, accept, commit: one pass for whatever is scheduled.
@@ -192,7 +189,8 @@ class Engine:
                 count_pass(stats, schedule, clock.lap())
                 # If it fails half-way, what was committed before is told all the same.
                 outputs.extend(self._commit(schedule, drafts, logits, chosen, stats))
-                self._show(schedule, drafts, computed, logits)
+                with _at_most_logged("the drafters did not learn from this step"):
+                    self.drafting.audience.show(schedule, drafts, computed, logits)
             except Exception as error:
                 outputs += self._fail(schedule, outputs, error)
         self.drafting.time(schedule, stats)
@@ -209,24 +207,10 @@ class Engine:
             assert self._blocks.num_held == 0, f"{self._blocks.num_held} blocks are held, and nothing runs"
             assert not self.states, "sampling states outlive their sequences"
 
-    # A drafter that fails costs its drafts, and no answer.
-
     def _propose(self, schedule: Schedule) -> list[list[int]]:
-        try:
+        with _at_most_logged("drafting failed; this step goes without"):
             return self.drafting.propose(schedule)
-        except torch.AcceleratorError:
-            raise
-        except Exception:
-            logger.exception("drafting failed; this step goes without")
-            return [[] for _ in schedule.work]
-
-    def _show(self, schedule: Schedule, drafts: SequenceOf[list[int]], computed: Computed, logits: Tensor) -> None:
-        try:
-            self.drafting.audience.show(schedule, drafts, computed, logits)
-        except torch.AcceleratorError:
-            raise
-        except Exception:
-            logger.exception("the drafters did not learn from this step")
+        return [[] for _ in schedule.work]
 
     def _verify(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Computed:
         """Every layer over the newest tokens and their drafts, and over riders for the drafts of the next step."""
@@ -244,7 +228,7 @@ class Engine:
         ]
         adapter = None
         if fused and any(part.riders for part in rows):
-            adapter = fused.bind(first_row=sum(len(part.tokens) for part in rows))
+            adapter = fused.adapter.bind(None, first_row=sum(len(part.tokens) for part in rows))
         return self.runner.compute(rows, self._verify_plan, adapter, self.drafting.audience.taps(schedule))
 
     def _groups(self, schedule: Schedule, drafts: SequenceOf[list[int]]) -> list[RowGroup]:
@@ -457,6 +441,17 @@ def _learner(config: EngineConfig, built: Build, drafting: Drafting) -> Learner:
     from skippy.engine.learning import Learner  # noqa: PLC0415
 
     return Learner(config, built, drafting.adopt)
+
+
+@contextmanager
+def _at_most_logged(message: str) -> Iterator[None]:
+    """What only makes answers faster costs none of them; a device that fails ends everything."""
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except Exception:
+        logger.exception(message)
 
 
 def _decision_rows(logits: Tensor, schedule: Schedule, drafts: SequenceOf[list[int]]) -> Tensor:

@@ -1,7 +1,7 @@
 """The wire between the server and the engine process: msgpack frames over two pipes.
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. Commands flow
-to the engine, events come back: first one `Ready` (or `Fatal`), then a `Stepped` per
+to the engine, events come back: some `Loading`, one `Ready` (or `Fatal`), then a `Stepped` per
 engine step, per refusal, and when the last request was aborted. The engine exits when its command pipe closes.
 """
 

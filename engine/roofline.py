@@ -214,20 +214,17 @@ class Cost:
             peak,
         )
 
-    def pass_seconds(
-        self, batch: int, rows: int, context: int, layers: float = 1.0, head: float = 1.0, head_rows: int | None = None
-    ) -> float:
+    def pass_seconds(self, batch: int, rows: int, context: int, layers: float = 1.0, head: float = 1.0) -> float:
         """One pass of `rows` rows over `batch` sequences of `context` tokens each.
 
         Args:
             layers, head: the share of the layers, and of the head's rows, that takes part.
-            head_rows: rows that meet the head; None for all of them.
         """
         sizes = self.sizes
         read = layers * (self.layer_bytes + batch * context * self.kv_bytes) + head * self.head_bytes
         products = 2 * rows * layers * sizes.layers * sizes.layer
         attention = 4 * rows * context * layers * sizes.layers * sizes.query_width
-        logits = 2 * (rows if head_rows is None else head_rows) * head * sizes.head
+        logits = 2 * rows * head * sizes.head
         computing = products / self.layer_peak + (attention + logits) / self.head_peak
         return max(read / self.bandwidth, computing)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from skippy.engine.attention import AttentionBackend, PassAttention
+from skippy.engine.attention import PassAttention, SDPAAttention
 from skippy.engine.kv import KVPool
 from skippy.engine.linear import Tiling
 from skippy.engine.model import Adapter, CausalLM, Plan
@@ -41,15 +41,14 @@ class Computed(NamedTuple):
     """What a pass leaves besides KV."""
 
     hidden: Tensor  # [M, hidden_size], the last hidden states of the rows that are read, not normalised
-    tapped: dict[int, Tensor]  # by layer, what entered it of these rows, [M, hidden_size]
     riders: Tensor  # [R, hidden_size], the last hidden states of all riders
-    tapped_rows: dict[int, Tensor]  # `tapped` of every row of the pass, [N, hidden_size]
+    tapped: dict[int, Tensor]  # by layer, what entered it, of every row of the pass, [N, hidden_size]
 
 
 class Runner:
     """Runs passes of one model over one pool."""
 
-    def __init__(self, model: CausalLM, pool: KVPool, attention: AttentionBackend, tiling: Tiling) -> None:
+    def __init__(self, model: CausalLM, pool: KVPool, attention: SDPAAttention, tiling: Tiling) -> None:
         self.model = model
         self.pool = pool
         self._attention = attention
@@ -75,9 +74,7 @@ class Runner:
         batch = self.batch(rows)
         attend = self.attend(batch, None if adapter is None else adapter.first_row)
         hidden, tapped = self.model(batch, plan, attend, adapter, taps)
-        read = batch.logit_rows
-        of_read = {layer: x[read] for layer, x in tapped.items()}
-        return Computed(hidden[read], of_read, hidden[batch.rider_rows], tapped)
+        return Computed(hidden[batch.logit_rows], hidden[batch.rider_rows], tapped)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -92,7 +89,7 @@ class Runner:
         return logits[:count]
 
     def attend(self, batch: TokenBatch, first_draft: int | None) -> PassAttention:
-        """The attention of one pass; see `AttentionBackend.begin`."""
+        """The attention of one pass; see `SDPAAttention.begin`."""
         return self._attention.begin(batch.segments, batch.slots, batch.riders, first_draft)
 
     def batch(self, rows: SequenceOf[Rows]) -> TokenBatch:

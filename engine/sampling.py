@@ -138,7 +138,6 @@ def choose(logits: Tensor, groups: Sequence[RowGroup]) -> list[list[int]]:
         logits = logits.clone()
     row = 0
     sampled: list[int] = []
-    temperatures: list[float] = []
     keys: list[int] = []
     owners: list[SamplingParams] = []
     for group in groups:
@@ -147,7 +146,6 @@ def choose(logits: Tensor, groups: Sequence[RowGroup]) -> list[list[int]]:
             group.state.alter(logits[row:end], group.draft, group.index)
         if not group.state.params.greedy:
             sampled += range(row, end)
-            temperatures += [group.state.params.temperature] * group.num_rows
             keys += [group.state.key(group.index + j) for j in range(group.num_rows)]
             owners += [group.state.params] * group.num_rows
         row = end
@@ -157,7 +155,8 @@ def choose(logits: Tensor, groups: Sequence[RowGroup]) -> list[list[int]]:
         for start in range(0, len(sampled), at_once):
             part = slice(start, start + at_once)
             rows = to_device(sampled[part], logits.device)
-            scale = torch.tensor(temperatures[part], dtype=torch.float32, device=logits.device)
+            temperatures = [params.temperature for params in owners[part]]
+            scale = torch.tensor(temperatures, dtype=torch.float32, device=logits.device)
             tokens[rows] = _sample(logits[rows] / scale[:, None], owners[part], keys[part])
     flat = tokens.tolist()
     chosen, row = [], 0

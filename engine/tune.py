@@ -98,6 +98,14 @@ class TuneOptions:
     repeat: int = 2
 
 
+class _Granted(NamedTuple):
+    """What a sweep granted to a step, and whether the step counts."""
+
+    batch: int
+    width: int
+    counts: bool
+
+
 class Sweep(Controller):
     """Goes through some widths again and again, each time in another order.
 
@@ -114,7 +122,7 @@ class Sweep(Controller):
         self._order, self._hold = list(widths), hold
         self._random = random.Random(seed)
         self._due: list[tuple[int, bool]] = []
-        self._last: tuple[int, int, bool] | None = None
+        self._last: _Granted | None = None
 
     def width(self, batch: int) -> int:
         if not self._due:
@@ -123,14 +131,14 @@ class Sweep(Controller):
                 (width, place > 0 or self._hold == 1) for width in self._order for place in reversed(range(self._hold))
             ]
         width, counts = self._due.pop()
-        self._last = (batch, width, counts)
+        self._last = _Granted(batch, width, counts)
         return width
 
     def observe(self, batch: int, width: int, seconds: float, accepted: Sequence[int], others: int = 0) -> None:
         """Learns nothing: `_Watch` does."""
 
-    def take_last(self) -> tuple[int, int, bool] | None:
-        """Batch and width of the last step and whether it counts; None if it only computed prompts."""
+    def take_last(self) -> _Granted | None:
+        """Of the last step; None if it only computed prompts."""
         last, self._last = self._last, None
         return last
 
@@ -150,22 +158,21 @@ class _Watch:
             index = int(output.request_id)
             place, accepted = self._places[index], output.counts.accepted - self._accepted[index]
             self._places[index], self._accepted[index] = place + len(output.token_ids), output.counts.accepted
-            if last is not None and last[2] and place:
-                weights.append(self._seen.weight(index, place, last[1], self._sweep.widths))
+            if last is not None and last.counts and place:
+                weights.append(self._seen.weight(index, place, last.width, self._sweep.widths))
                 # The end of the text cuts drafts short.
-                width = min(last[1], self._length - place - 1)
+                width = min(last.width, self._length - place - 1)
                 self._seen.drafts[index][place].append(Draft(width, accepted))
         if last is None:
             self._seen.prompt_seconds += stats.prefill_seconds + stats.host_seconds
             self._seen.prompt_tokens += stats.prompt_tokens
-        elif last[2] and not stats.prefill_seconds:
-            batch, width, _ = last
-            times = self._seen.times[batch_class(batch), width]
-            times.batch.append(batch)
+        elif last.counts and not stats.prefill_seconds:
+            times = self._seen.times[batch_class(last.batch), last.width]
+            times.batch.append(last.batch)
             times.draft.append(stats.draft_seconds)
             times.verify.append(stats.verify_seconds)
             times.host.append(stats.host_seconds)
-            times.rows.append(1.0 + stats.draft_tokens / batch)
+            times.rows.append(1.0 + stats.draft_tokens / last.batch)
             times.weight.append(statistics.fmean(weights))
 
 

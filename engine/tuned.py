@@ -75,7 +75,7 @@ class TunedPlan(msgspec.Struct, forbid_unknown_fields=True):
 def key_of(config: EngineConfig, checkpoint: Checkpoint, device: str, dtype: str) -> Key:
     """The key of an engine on `device`, with weights of `dtype`, once it is built."""
     on_gpu = device.startswith("cuda")
-    folder = adapter_folder(checkpoint, config.adapter)
+    folder = adapter_folder(checkpoint.path, config.adapter)
     return Key(
         device=torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         threads=None if on_gpu else torch.get_num_threads(),

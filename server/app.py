@@ -110,24 +110,24 @@ async def _serve(settings: Settings, listener: socket.socket, worker_command: Se
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop, number)
-        serving = asyncio.create_task(server.serve([listener]), name="serve")
-        failure = await _load_failure(app.state.serving, serving)
+        listening = asyncio.create_task(server.serve([listener]), name="serve")
+        failure = await _load_failure(app.state.serving, listening)
         if failure is not None:
             server.should_exit = True
-        elif not serving.done():
+        elif not listening.done():
             host, port, *_ = listener.getsockname()
             logger.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        await serving
+        await listening
         return 0 if failure is None else _cannot_start(failure)
     finally:
         await client.close()
 
 
-async def _load_failure(model: Serving, serving: asyncio.Task[None]) -> str | None:
+async def _load_failure(serving: Serving, listening: asyncio.Task[None]) -> str | None:
     """Why the model cannot be loaded; None once it is, or if the server stops before."""
-    loading = asyncio.create_task(model.wait())
+    loading = asyncio.create_task(serving.wait())
     try:
-        await asyncio.wait({loading, serving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({loading, listening}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             loading.result()
         return None

@@ -35,7 +35,7 @@ class ErrorEnvelope(msgspec.Struct):
 
 
 class ApiError(Exception):
-    """An answer other than success. `type` follows from the status if it is not given."""
+    """An answer other than success. Its `type` follows from the status."""
 
     def __init__(
         self,

@@ -20,27 +20,27 @@ RETRY_SECONDS = 1
 T = TypeVar("T")
 
 
-async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
+async def read_body(request: Request) -> bytes:
     """The request's body.
 
     Raises:
-        ApiError: 413, it is longer than `limit` bytes.
+        ApiError: 413, it is longer than MAX_BODY_BYTES.
         ClientGone: the client left before its end.
     """
     length = request.headers.get("content-length", "")
     body = bytearray()
-    if not length.isdecimal() or int(length) <= limit:
+    if not length.isdecimal() or int(length) <= MAX_BODY_BYTES:
         try:
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > limit:
+                if len(body) > MAX_BODY_BYTES:
                     break
             else:
                 return bytes(body)
         except ClientDisconnect as error:
             raise ClientGone from error
     # What is left of the body would be taken for the next request.
-    raise ApiError(413, f"The body is longer than {limit} bytes.", headers={"connection": "close"})
+    raise ApiError(413, f"The body is longer than {MAX_BODY_BYTES} bytes.", headers={"connection": "close"})
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -198,21 +198,21 @@ class TestWhereItIsLookedFor:
     def test_beside_the_model_or_where_it_is_said_to_be(self, base: Path, folder: Path, tmp_path: Path) -> None:
         model = shutil.copytree(base, tmp_path / "model")
         found = open_checkpoint(str(model))
-        assert adapter_folder(found, None) is None
+        assert adapter_folder(model, None) is None
         write_adapter(model, seed=1)
-        beside = adapter_folder(found, None)
+        beside = adapter_folder(model, None)
         assert beside == model / "s3d"
-        assert adapter_folder(found, str(folder)) == folder
+        assert adapter_folder(model, str(folder)) == folder
         given, other = (load_adapter(place, found, torch.float32, CPU) for place in (folder, beside))
         assert not torch.equal(given.masks, other.masks)
 
     def test_home_is_understood(self, folder: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(folder.parent))
-        assert adapter_folder(checkpoint, "~/adapter") == folder
+        assert adapter_folder(checkpoint.path, "~/adapter") == folder
 
     def test_a_name_is_one_of_the_hub(self, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("skippy.engine.adapter_files.find_trained", Path)
-        assert adapter_folder(checkpoint, "owner/adapter") == Path("owner/adapter")
+        assert adapter_folder(checkpoint.path, "owner/adapter") == Path("owner/adapter")
 
     def test_a_folder_beside_the_model_without_an_adapter_is_none(self, base: Path, tmp_path: Path) -> None:
         model = shutil.copytree(base, tmp_path / "model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from pathlib import Path
@@ -314,11 +314,10 @@ class TestDraftersThatFail:
             name = "ngram"
             taps = (0, 1)
 
-            def observe(self, _: SequenceOf[Sequence], hidden: torch.Tensor, __: object) -> None:
-                assert hidden.isfinite().all()
-
-            def follow(self, parts: SequenceOf[Followed], _: object) -> None:
-                assert all(part.num_rows > 0 for part in parts)
+            def follow(self, parts: SequenceOf[Followed], tapped: Mapping[int, torch.Tensor]) -> None:
+                for part in parts:
+                    assert part.num_rows > 0
+                    assert tapped[1][part.row : part.row + part.num_rows].isfinite().all()
 
             def read(self, _: SequenceOf[int], logits: torch.Tensor) -> None:
                 assert logits.isfinite().all()

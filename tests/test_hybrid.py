@@ -134,7 +134,7 @@ def test_the_controller_limits_what_is_not_looked_up() -> None:
     other, fixed = sequence(5, 6, 7, adaptive=True), sequence(5, 6, 7)
     told = Told()
     hybrid = HybridDrafter(SuffixDrafter(None), told, draft_cost=0.5)
-    hybrid.paid_width = 2
+    hybrid.begin(2)
     drafts = hybrid.propose([repeating, other, fixed], [2, 5, 5])
     assert drafts == [[7, 8], [90], [91]]
     assert [limit for _, limit in told.asked] == [2, 5]

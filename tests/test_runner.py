@@ -215,18 +215,18 @@ class TestAdapter:
 
 
 class TestTaps:
-    def test_they_show_what_entered_a_layer_in_the_rows_that_are_read(self, bench: Bench) -> None:
+    def test_they_show_what_entered_a_layer_in_every_row(self, bench: Bench) -> None:
         config, model = bench.runner.model.config, bench.runner.model
         end = config.num_hidden_layers
         rows = [Rows(bench.text[LENGTH - 9 :], LENGTH - 9, bench.table, 4), bench.neighbours[0]]
-        hidden, taps, _, every = bench.runner.compute(rows, bench.plan, taps=(0, 1, end))
-        read = torch.tensor([*bench.text[-4:], *bench.neighbours[0].tokens])
+        hidden, _, taps = bench.runner.compute(rows, bench.plan, taps=(0, 1, end))
+        tokens = torch.tensor([token for part in rows for token in part.tokens])
+        read = [*range(len(rows[0].tokens) - 4, len(rows[0].tokens)), *range(len(rows[0].tokens), len(tokens))]
         assert set(taps) == {0, 1, end}
-        assert torch.equal(taps[0], model.model.embed_tokens(read))
-        assert torch.equal(taps[end], hidden)
-        assert torch.equal(every[0][: len(rows[0].tokens)], model.model.embed_tokens(torch.tensor(rows[0].tokens)))
+        assert torch.equal(taps[0][: len(tokens)], model.model.embed_tokens(tokens))
+        assert torch.equal(taps[end][read], hidden)
         shorter, *_ = bench.runner.compute(rows, bench.plan[:1])
-        assert torch.equal(taps[1], shorter)
+        assert torch.equal(taps[1][read], shorter)
         assert torch.equal(bench.runner.logits(hidden)[:4], bench.logits[-4:])
 
     def test_they_change_no_bit(self, bench: Bench) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams, SequenceOutput, StepStats, chain
 from skippy.engine.drafters import s3d
+from skippy.engine.drafters.base import Followed
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.model import full_plan
 from skippy.engine.runner import Rows
@@ -404,14 +405,16 @@ class TestWhatItSees:
                         draft[place] = 3
                 return drafts
 
-            def observe(self, sequences: SequenceOf[Sequence], hidden: Tensor, tapped: Mapping[int, Tensor]) -> None:
+            def follow(self, parts: SequenceOf[Followed], tapped: Mapping[int, Tensor]) -> None:
                 nonlocal seen
-                drafter.observe(sequences, hidden, tapped)
+                drafter.follow(parts, tapped)
                 assert drafter._context is not None
-                for sequence in sequences:
+                for sequence in (part.sequence for part in parts):
                     rows = Rows(sequence.tokens[: sequence.computed], 0, list(range(16)), 1)
                     computed = scratch.runner.compute([rows], full_plan(scratch.runner.model.config), taps=taps)
-                    expected = torch.stack((computed[1][3] - computed[1][1], computed[0]), 1)
+                    last = len(rows.tokens) - 1
+                    change = computed.tapped[3][[last]] - computed.tapped[1][[last]]
+                    expected = torch.stack((change, computed.hidden), 1)
                     torch.testing.assert_close(drafter._context[[drafter._place[sequence]]], expected)
                     widths.add(sequence.counts.accepted)
                     seen += 1

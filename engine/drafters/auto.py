@@ -1,4 +1,4 @@
-"""Which drafter serves requests that name none, and what to say about it. Pure Python."""
+"""What the log says about the drafter that serves requests which name none. Pure Python."""
 
 from __future__ import annotations
 

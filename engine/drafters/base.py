@@ -27,24 +27,6 @@ class Drafter(Protocol):
         ...
 
 
-@runtime_checkable
-class Observer(Protocol):
-    """A drafter that learns from the verify pass."""
-
-    @property
-    def taps(self) -> SequenceOf[int]:
-        """The layers whose input it wants to see."""
-        ...
-
-    def observe(self, sequences: SequenceOf[Sequence], hidden: Tensor, tapped: Mapping[int, Tensor]) -> None:
-        """What the last pass computed for each sequence's newest computed token, B of them.
-
-        hidden [B, hidden_size], the last hidden states, not normalised; tapped by layer, what
-        entered it, [B, hidden_size].
-        """
-        ...
-
-
 class Followed(NamedTuple):
     """Rows of a verify pass that stand: known tokens and accepted drafts of one sequence."""
 

@@ -30,7 +30,6 @@ class HybridDrafter:
 
     Attributes:
         free_width: the most tokens of a draft that costs nothing but its rows; 0 if the other's cost no more.
-        paid_width: the most tokens of the other's drafts for adaptive sequences.
         free: whose drafts of this step cost nothing; those whose last step this is are among them.
     """
 
@@ -41,7 +40,7 @@ class HybridDrafter:
         self._other = other
         self._draft_cost = draft_cost
         self.free_width = MAX_DRAFT if draft_cost else 0
-        self.paid_width = 0
+        self._paid_width = 0
         self.free: Set[Sequence] = frozenset()
         self._asked: set[Sequence] = set()
         """Sequences whose last draft was the other's."""
@@ -73,8 +72,8 @@ class HybridDrafter:
             self._draft_cost += COST_SHARE * (cost - self._draft_cost)
 
     def begin(self, paid_width: int) -> None:
-        """Before each step."""
-        self.paid_width, self.free = paid_width, frozenset()
+        """Before each step: the most tokens of the other's drafts for adaptive sequences."""
+        self._paid_width, self.free = paid_width, frozenset()
 
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
         self._learn(sequences)
@@ -100,7 +99,7 @@ class HybridDrafter:
         return bool(lookup.draft) and (1 + lookup.promise) * (1 + self._draft_cost) >= 1 + self._accepted
 
     def _limit(self, sequence: Sequence, granted: int) -> int:
-        return min(granted, self.paid_width) if sequence.adaptive else granted
+        return min(granted, self._paid_width) if sequence.adaptive else granted
 
     def _learn(self, sequences: SequenceOf[Sequence]) -> None:
         for sequence in sequences:

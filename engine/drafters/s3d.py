@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from skippy.engine.adapter import BoundAdapter, S3DAdapter
+from skippy.engine.adapter import S3DAdapter
 from skippy.engine.chain import Prospect, draft_chain
+from skippy.engine.drafters.base import Followed
 from skippy.engine.model import skipping_plan
 from skippy.engine.runner import Rows, Runner
 from skippy.engine.sampling import SamplingState
@@ -75,12 +76,14 @@ class S3DDrafter(_S3D):
 
     @property
     def taps(self) -> SequenceOf[int]:
-        return (self.adapter.config.skip_start, self.adapter.config.skip_end)
+        config = self.adapter.config
+        return (config.skip_start, config.skip_end, self._runner.model.config.num_hidden_layers)
 
-    def observe(self, sequences: SequenceOf[Sequence], hidden: Tensor, tapped: Mapping[int, Tensor]) -> None:
-        start, end = self.taps
-        self._context = torch.stack((tapped[end] - tapped[start], hidden), 1)
-        self._place = {sequence: place for place, sequence in enumerate(sequences)}
+    def follow(self, parts: SequenceOf[Followed], tapped: Mapping[int, Tensor]) -> None:
+        start, end, last = (tapped[layer] for layer in self.taps)
+        newest = to_device([part.row + part.num_rows - 1 for part in parts], last.device)
+        self._context = torch.stack((end[newest] - start[newest], last[newest]), 1)
+        self._place = {part.sequence: place for place, part in enumerate(parts)}
 
     @torch.inference_mode()
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
@@ -106,10 +109,6 @@ class S3DFusedDrafter(_S3D):
         super().__init__(runner, adapter, states)
         self._riders: Mapping[Sequence, Tensor] = {}
         self._nobody = adapter.masks.new_empty(0, runner.model.config.hidden_size)
-
-    def bind(self, first_row: int) -> BoundAdapter:
-        """The adapter of a pass with riders from `first_row` on."""
-        return self.adapter.bind(None, first_row)
 
     def collect(self, riders: Mapping[Sequence, Tensor]) -> None:
         """What the last pass made of the riders behind each sequence's newest computed token.

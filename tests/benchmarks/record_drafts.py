@@ -50,7 +50,7 @@ class Recorder:
     def __init__(self, s3d: S3DDrafter) -> None:
         self._s3d = s3d
         self.taps = s3d.taps
-        self.observe = s3d.observe
+        self.follow = s3d.follow
         self.drafts: list[list[int]] = []
 
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
