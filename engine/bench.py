@@ -224,23 +224,15 @@ def decode(
 ) -> Run:
     """All prompts through the engine, `batch_size` at a time; nothing is drafted from outputs of before."""
     engine.drafting.forget()
+    requests = [
+        Request(str(index), prompt, params, 1, drafter, num_speculative_tokens) for index, prompt in enumerate(prompts)
+    ]
     steps: list[StepOutput] = []
-    waiting = list(range(len(prompts)))[::-1]
-    live = 0
     reset_peak(engine.info.device)
     start = time.perf_counter()
-    while waiting or live:
-        while waiting and live < batch_size:
-            index = waiting.pop()
-            engine.add(Request(str(index), prompts[index], params, 1, drafter, num_speculative_tokens))
-            live += 1
-        step = engine.step()
+    for step in engine.run(requests, batch_size):
         steps.append(step)
         on_step(step)
-        for output in step.outputs:
-            if output.error is not None:
-                raise RuntimeError(output.error)
-            live -= output.finish_reason is not None
     seconds = time.perf_counter() - start
     return _tally(steps, len(prompts), seconds, peak_bytes(engine.info.device))
 

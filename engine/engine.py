@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from skippy.engine.config import EngineConfig
 from skippy.engine.drafters.auto import describe_choice, describe_learning
 from skippy.engine.drafters.base import Drafter
 from skippy.engine.drafting import Drafting
-from skippy.engine.errors import ConfigError, InvalidRequest
+from skippy.engine.errors import ConfigError, EngineDead, InvalidRequest
 from skippy.engine.loading import Report
 from skippy.engine.model import full_plan
 from skippy.engine.runner import Computed, Rows
@@ -199,6 +200,25 @@ class Engine:
         stats.preemptions = schedule.preempted
         stats.host_seconds += clock.lap()
         return StepOutput(outputs, stats)
+
+    def run(self, requests: Iterable[Request], at_once: int = 1) -> Iterator[StepOutput]:
+        """Serve requests of one choice each, so many at a time and nothing beside: what every step came to.
+
+        Raises:
+            InvalidRequest: one of them is refused.
+            EngineDead: one of them failed.
+        """
+        waiting, live = deque(requests), 0
+        while waiting or live:
+            while waiting and live < at_once:
+                self.add(waiting.popleft())
+                live += 1
+            step = self.step()
+            for output in step.outputs:
+                if output.error is not None:
+                    raise EngineDead(output.error)
+                live -= output.finish_reason is not None
+            yield step
 
     def check(self) -> None:
         """Raise AssertionError unless the blocks' books balance; when idle, none may be held."""

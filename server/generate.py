@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 
 from skippy.engine import (
     Engine,
     EngineConfig,
-    EngineDead,
     Request,
     SamplingParams,
     SequenceOutput,
@@ -26,7 +24,8 @@ def generate(config: EngineConfig, prompt: str, params: SamplingParams) -> int:
     detokenizer = Detokenizer(tokenizer, token_ids)
     count = 0
     started = time.perf_counter()
-    for output in run(engine, Request("generate", token_ids, params)):
+    request = Request("generate", token_ids, params)
+    for output in (output for step in engine.run([request]) for output in step.outputs):
         count += len(output.token_ids)
         last = output
         sys.stdout.write("".join(map(detokenizer.push, output.token_ids)))
@@ -36,21 +35,6 @@ def generate(config: EngineConfig, prompt: str, params: SamplingParams) -> int:
     sys.stdout.flush()
     print(summary(last, count, seconds), file=sys.stderr)
     return 0
-
-
-def run(engine: Engine, request: Request) -> Iterator[SequenceOutput]:
-    """Every output of one request, the last of which has a finish reason.
-
-    Raises:
-        InvalidRequest: the engine refuses it.
-        EngineDead: it failed on the way.
-    """
-    engine.add(request)
-    while engine.has_work:
-        for output in engine.step().outputs:
-            if output.error is not None:
-                raise EngineDead(output.error)
-            yield output
 
 
 def summary(last: SequenceOutput, count: int, seconds: float) -> str:

@@ -18,6 +18,7 @@ from skippy.engine import (
     ConfigError,
     Engine,
     EngineConfig,
+    EngineDead,
     InvalidRequest,
     Request,
     SamplingParams,
@@ -207,6 +208,34 @@ def test_a_step_that_fails_half_way_still_tells_what_it_served(engine: Engine, m
         ("first", "length", 1),
         ("second", "error", 0),
     ]
+
+
+class TestRun:
+    """A whole list of requests, so many at a time."""
+
+    def test_no_more_than_asked_for_run_at_once(self, engine: Engine) -> None:
+        params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+        requests = [Request(str(i), (*PROMPT, i), params) for i in range(5)]
+        written: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        most = 0
+        for step in engine.run(requests, at_once=2):
+            most = max(most, step.stats.running + sum(o.finish_reason is not None for o in step.outputs))
+            for output in step.outputs:
+                written[output.request_id] += output.token_ids
+        assert most == 2
+        assert {(name, 0): tokens for name, tokens in written.items()} == tokens_of(run_dry(engine, requests))
+
+    def test_one_that_fails_ends_it(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        params = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
+        steps = engine.run([Request(str(i), PROMPT, params) for i in range(2)])
+        assert next(steps).outputs[0].error is None
+
+        def broken(*_: object) -> None:
+            raise RuntimeError("no memory")
+
+        monkeypatch.setattr(engine.runner, "compute", broken)
+        with pytest.raises(EngineDead, match="no memory"):
+            next(steps)
 
 
 def nan_for(model: CausalLM, poison: int) -> Callable[[torch.Tensor], torch.Tensor]:

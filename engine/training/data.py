@@ -8,6 +8,7 @@ writes after its begin-of-text token at temperature 1) and a continuation of it.
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from skippy.engine.engine import Engine
-from skippy.engine.errors import EngineDead
 from skippy.engine.training.options import AT_ONCE
 from skippy.engine.types import Request, SamplingParams
 
@@ -116,18 +116,12 @@ def _request(place: int, opening: Sequence[int], count: int, temperature: float,
 
 def _write(engine: Engine, requests: Iterable[Request], progress: Progress) -> dict[int, list[int]]:
     """What the engine writes for each request, by its place."""
-    waiting = list(requests)[::-1]
-    written: dict[int, list[int]] = {int(request.request_id): [] for request in waiting}
-    live = done = 0
-    while waiting or live:
-        while waiting and live < AT_ONCE:
-            engine.add(waiting.pop())
-            live += 1
-        for output in engine.step().outputs:
-            if output.error is not None:
-                raise EngineDead(output.error)
+    written: defaultdict[int, list[int]] = defaultdict(list)
+    done = 0
+    for step in engine.run(requests, AT_ONCE):
+        for output in step.outputs:
             written[int(output.request_id)] += output.token_ids
             if output.finish_reason is not None:
-                live, done = live - 1, done + 1
+                done += 1
                 progress(done)
     return written
