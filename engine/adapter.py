@@ -196,13 +196,11 @@ class S3DAdapter(nn.Module):
         self.kept = [i for i in range(base.num_hidden_layers) if not config.skip_start <= i < config.skip_end]
         self.masks = nn.Parameter(torch.randn(config.num_masks, base.hidden_size) * 0.02)
         shapes = part_shapes(base)
-        self.lora = nn.ModuleDict(
-            {f"{i}_{part}": LowRank(*shapes[part], config.lora_rank) for i in self.kept for part in PARTS}
-            if config.lora_rank
-            else {}
-        )
-        # Found twice per product and layer: the path through the modules' names would take as long as the product.
-        self._lora = {(i, part): self._low_rank(i, part) for i in self.kept for part in PARTS if config.lora_rank}
+        # Found once per product and layer: the path through the modules' names would take as long as the product.
+        self.low_ranks = {
+            (i, part): LowRank(*shapes[part], config.lora_rank) for i in self.kept for part in PARTS if config.lora_rank
+        }
+        self.lora = nn.ModuleDict({f"{i}_{part}": module for (i, part), module in self.low_ranks.items()})
         self.folded: dict[tuple[int, str], RowLinear] = {}
         self.bridge = Bridge(base.hidden_size, config.bridge_rank) if config.bridge_rank else None
         self.head = (
@@ -218,7 +216,7 @@ class S3DAdapter(nn.Module):
         For a CPU, where memory is cheap and operations are dear. They are of the adapter's type. The layer must not
         be packed yet.
         """
-        for (at, part), low_rank in self._lora.items():
+        for (at, part), low_rank in self.low_ranks.items():
             if at != layer:
                 continue
             weight, bias = model.product_parameters(layer, part)
@@ -226,16 +224,6 @@ class S3DAdapter(nn.Module):
             # Rounded to float16, which the fastest kernel takes; a draft need not be exact.
             dtype = self.masks.dtype
             self.folded[layer, part] = RowLinear(changed.half().to(dtype), None if bias is None else bias.to(dtype))
-
-    def _low_rank(self, layer: int, part: str) -> LowRank:
-        module = self.lora[f"{layer}_{part}"]
-        assert isinstance(module, LowRank)
-        return module
-
-    def add_lora(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
-        """y, the product of x, plus what LoRA adds to it; y itself for a product without LoRA."""
-        module = self._lora.get((layer, part))
-        return y if module is None else module.add_to(y, x)
 
     def bind(self, context: Tensor | None, first_row: int = 0, draft_of_row: Tensor | None = None) -> BoundAdapter:
         """The adapter for one pass.
@@ -263,7 +251,6 @@ class BoundAdapter:
         self._adapter = adapter
         self._context = context
         self._draft_of_row = draft_of_row
-        self._rows = slice(first_row, None)
         self.first_row = first_row
 
     def embed(self, token_ids: Tensor, embedding: Callable[[Tensor], Tensor]) -> Tensor:
@@ -288,13 +275,14 @@ class BoundAdapter:
         x[self.first_row : self.first_row + len(delta)] += delta  # what follows is padding
         return x
 
-    def instead(self, layer: int, part: str) -> RowLinear | None:
-        """The product with LoRA folded in, if there is one and all rows are the drafter's."""
-        return self._adapter.folded.get((layer, part)) if self.first_row == 0 else None
-
-    def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
-        """y plus the change of the product that made it of x. x [N, in], y [N, out]."""
+    def product(self, layer: int, part: str, linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The product of x [N, in] and, on the rows that draft, what LoRA adds to it: [N, out]."""
+        low_rank, folded = self._adapter.low_ranks.get((layer, part)), self._adapter.folded.get((layer, part))
         if self.first_row == 0:
-            return self._adapter.add_lora(layer, part, x, y)
-        self._adapter.add_lora(layer, part, x[self._rows], y[self._rows])  # in place: no such pass is trained
+            if folded is not None:
+                return folded(x)
+            return linear(x) if low_rank is None else low_rank.add_to(linear(x), x)
+        y = linear(x)
+        if low_rank is not None:
+            low_rank.add_to(y[self.first_row :], x[self.first_row :])  # in place: no such pass is trained
         return y

@@ -124,14 +124,10 @@ class Adapter(Protocol):
         """x [N, hidden_size] on its way into a layer; `num_hidden_layers` stands for the end."""
         ...
 
-    def instead(self, layer: int, part: str) -> Callable[[Tensor], Tensor] | None:
-        """What takes the place of a product, [N, in_features] to [N, out_features], or None."""
-        ...
+    def product(self, layer: int, part: str, linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """What the layer's product of x [N, in_features] is to be, [N, out_features].
 
-    def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
-        """x [N, in_features] and its product y [N, out_features] to the product wanted.
-
-        part is "qkv", "o", "gate_up" or "down"; y may be changed in place.
+        part is "qkv", "o", "gate_up" or "down"; linear computes it as the verifier has it.
         """
         ...
 
@@ -242,10 +238,7 @@ class _Pass:
     adapter: Adapter | None
 
     def product(self, layer: int, part: str, linear: _Fused, x: Tensor) -> Tensor:
-        if self.adapter is None:
-            return linear(x)
-        own = self.adapter.instead(layer, part)
-        return self.adapter.add(layer, part, x, linear(x)) if own is None else own(x)
+        return linear(x) if self.adapter is None else self.adapter.product(layer, part, linear, x)
 
 
 class SelfAttention(nn.Module):
@@ -467,7 +460,7 @@ class CausalLM(nn.Module):
         return F.linear(x.float(), weight.float())
 
     def product_parameters(self, layer: int, part: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of a fused product, until they are packed; part as in `Adapter.add`."""
+        """Weight and bias of a fused product, until they are packed; part as in `Adapter.product`."""
         decoder = self.model.layers[layer]
         assert isinstance(decoder, DecoderLayer)
         attention, mlp = decoder.self_attn, decoder.mlp

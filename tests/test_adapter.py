@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,11 @@ class TestShapes:
         assert fresh().mask_ids(0) == []
 
 
+def always(y: Tensor) -> Callable[[Tensor], Tensor]:
+    """A product that comes to `y` whatever it is of."""
+    return lambda _: y.clone()
+
+
 class TestFresh:
     """Before training, draft rows are computed as the model computes them, but for the masks and what is skipped."""
 
@@ -126,7 +133,7 @@ class TestFresh:
         with torch.inference_mode():
             for part, (size_in, size_out) in part_shapes(BASE).items():
                 y = noise(4, size_out)
-                assert torch.equal(bound.add(0, part, noise(4, size_in), y.clone()), y)
+                assert torch.equal(bound.product(0, part, always(y), noise(4, size_in)), y)
 
     def test_the_bridge_adds_nothing(self) -> None:
         x = noise(4, HIDDEN)
@@ -230,20 +237,20 @@ class TestBound:
         with torch.inference_mode():
             for part, (size_in, size_out) in part_shapes(BASE).items():
                 y, x = noise(6, size_out), noise(6, size_in)
-                added = bound.add(0, part, x, y.clone())
+                added = bound.product(0, part, always(y), x)
                 assert (added != y).any(1).tolist() == [False] * 3 + [True] * 3
-                whole = adapter.bind(None).add(0, part, x, y.clone())
+                whole = adapter.bind(None).product(0, part, always(y), x)
                 torch.testing.assert_close(added[3:], whole[3:])
 
     def test_skipped_layers_are_not_adapted(self, adapter: S3DAdapter) -> None:
         y = noise(2, HIDDEN)
-        assert torch.equal(adapter.bind(None).add(1, "o", noise(2, HIDDEN), y.clone()), y)
+        assert torch.equal(adapter.bind(None).product(1, "o", always(y), noise(2, HIDDEN)), y)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_the_passes_type_is_kept(self, adapter: S3DAdapter, dtype: torch.dtype) -> None:
         bound, embedding = adapter.bind(noise(2, 2, HIDDEN).to(dtype)), nn.Embedding(97, HIDDEN, dtype=dtype)
         x = bound.embed(torch.tensor([5, 97]), embedding)
-        assert x.dtype == bound.enter(2, x).dtype == bound.add(0, "o", x, x.clone()).dtype == dtype
+        assert x.dtype == bound.enter(2, x).dtype == bound.product(0, "o", torch.clone, x).dtype == dtype
 
 
 def test_folding_changes_a_draft_by_no_more_than_rounding(tmp_path: Path) -> None:
@@ -256,9 +263,11 @@ def test_folding_changes_a_draft_by_no_more_than_rounding(tmp_path: Path) -> Non
     assert adapter.folded
     for (layer, part), product in adapter.folded.items():
         weight, bias = model.product_parameters(layer, part)
+        linear = partial(F.linear, weight=weight, bias=bias)
         x = noise(4, weight.shape[1])
-        plain = torch.nn.functional.linear(x, weight, bias)
-        changed = adapter.bind(None).add(layer, part, x, plain.clone())
+        changed = adapter.low_ranks[layer, part].add_to(linear(x), x)
         torch.testing.assert_close(product(x), changed, atol=2e-2, rtol=2e-2)
-        assert not torch.allclose(changed, plain, atol=2e-2)
-        assert adapter.bind(None, first_row=2).instead(layer, part) is None, "riders share a pass with verified rows"
+        assert not torch.allclose(changed, linear(x), atol=2e-2)
+        assert torch.equal(adapter.bind(None).product(layer, part, linear, x), product(x))
+        beside = adapter.bind(None, first_row=2).product(layer, part, linear, x)
+        assert torch.equal(beside[:2], linear(x)[:2]), "riders share a pass with verified rows"

@@ -71,11 +71,9 @@ class Adapter:
         self.calls.append((layer, "enter"))
         return x
 
-    def instead(self, layer: int, part: str) -> None:
-        del layer, part
-
-    def add(self, layer: int, part: str, x: Tensor, y: Tensor) -> Tensor:
+    def product(self, layer: int, part: str, linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         self.calls.append((layer, part))
+        y = linear(x)
         repeated = x.flip(-1).repeat(1, -(-y.shape[1] // x.shape[1]))
         y[self._rows] += repeated[self._rows, : y.shape[1]] * 0.1
         return y
