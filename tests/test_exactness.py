@@ -104,8 +104,8 @@ PYTHON = "def fibonacci(n):\n    if n < 2:\n        return n\n    return "
 @pytest.mark.parametrize(
     "params",
     [
-        SamplingParams(max_tokens=48, temperature=0.0),
-        SamplingParams(max_tokens=48, temperature=0.8, seed=5, top_p=0.95, min_p=0.01, frequency_penalty=0.2),
+        SamplingParams(max_tokens=32, temperature=0.0),
+        SamplingParams(max_tokens=32, temperature=0.8, seed=5, top_p=0.95, min_p=0.01, frequency_penalty=0.2),
     ],
     ids=["greedy", "sampled"],
 )

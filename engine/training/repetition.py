@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-GRAMS: Mapping[str, int] = MappingProxyType({"python": 12, "stories": 4})
-"""Tokens of a run that must not come twice; code may well repeat the half of a line."""
+GRAMS: Mapping[str, int] = MappingProxyType({"python": 12, "stories": 6})
+"""Tokens of a run that must not come twice; code may well repeat the half of a line. Shorter runs cost spelling."""
 SEQUENCES = 16
 SHORTEST_OPENING, LONGEST_OPENING = 8, 48
 CONTINUED = 112
