@@ -214,6 +214,7 @@ class TestTrainer:
             {"length": 4},
             {"python_share": 1.5},
             {"unlikelihood": -1.0},
+            {"unlikelihood": 1.0, "python_share": 1.0},
             {"muon": 0.0},
             {"adam": float("nan")},
         )
@@ -258,7 +259,7 @@ class TestRepetition:
         monkeypatch.setattr(pretrainer, "CONTINUED", 32)
         monkeypatch.setattr(pretrainer, "SEQUENCES", 8)
         learner = trainer(steps=40, decay=0, unlikelihood=20.0)
-        openings, _ = spans().openings(0, 8, 10)
+        openings = spans().openings("stories", 0, 8, 10)
 
         def share() -> float:
             written = continued(learner.model, openings, 48)[:, -48:]

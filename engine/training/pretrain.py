@@ -235,7 +235,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--muon", type=float, default=default.muon, help="learning rate of the layers' matrices")
     add("--adam", type=float, default=default.adam, help="learning rate of everything else")
     add("--python-share", type=float, default=default.python_share, help="of the sequences")
-    add("--unlikelihood", type=float, default=default.unlikelihood, help="weight of the loss against repetition")
+    add(
+        "--unlikelihood",
+        type=float,
+        default=default.unlikelihood,
+        help="weight of the loss against loops in stories",
+    )
     add("--evaluate-every", type=int, default=default.evaluate_every, help="steps")
     add("--held-out", type=int, default=default.held_out, help="spans of each kind to evaluate on")
     add("--seed", type=int, default=default.seed)

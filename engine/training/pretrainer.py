@@ -15,8 +15,9 @@ from transformers import LlamaForCausalLM
 from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.training.repetition import (
     CONTINUED,
-    GRAMS,
+    KIND,
     LONGEST_OPENING,
+    RUN,
     SEQUENCES,
     SHORTEST_OPENING,
     continued,
@@ -43,7 +44,7 @@ class PretrainOptions:
         length: tokens of a sequence.
         muon, adam: learning rates, of the matrices of the layers (Muon) and of everything else (AdamW).
         python_share: what part of the sequences is Python.
-        unlikelihood: weight of the loss against repetition (see `repetition`) beside the usual one; 0 for none.
+        unlikelihood: weight of the loss against repetition in stories (see `repetition`); 0 for none.
         evaluate_every, held_out: steps between evaluations, and spans of each kind that they look at.
 
     Raises:
@@ -80,6 +81,8 @@ class PretrainOptions:
             raise ConfigError(f"python_share must be between 0 and 1, got {self.python_share}.")
         if not 0.0 <= self.unlikelihood < math.inf:
             raise ConfigError(f"unlikelihood must be at least 0, got {self.unlikelihood}.")
+        if self.unlikelihood and self.python_share == 1.0:
+            raise ConfigError("unlikelihood must be 0 where python_share is 1: it is of stories.")
 
 
 def learning_rate_share(step: int, steps: int, decay: int) -> float:
@@ -140,12 +143,10 @@ class Pretrainer:
     def _repetition_loss(self) -> Tensor:
         """Over what the model itself writes behind some openings."""
         length = random.Random(self.step).randint(SHORTEST_OPENING, LONGEST_OPENING)
-        openings, kinds = self._spans.openings(self.step, SEQUENCES, length)
+        openings = self._spans.openings(KIND, self.step, SEQUENCES, length)
         tokens = continued(self.model, openings.to(self.model.device), CONTINUED)
-        end = self.model.config.eos_token_id
-        written = torch.split(tokens[:, -CONTINUED:], 1)
-        unwanted = [repeated(text, GRAMS[kind], end) for text, kind in zip(written, kinds, strict=True)]
-        return unlikelihood(self.model, tokens, torch.cat(unwanted))
+        unwanted = repeated(tokens[:, -CONTINUED:], RUN, self.model.config.eos_token_id)
+        return unlikelihood(self.model, tokens, unwanted)
 
     @torch.no_grad()
     def bits_per_byte(self, spans: Tensor, token_bytes: Tensor) -> float:

@@ -59,10 +59,9 @@ class Spans:
         """The sequences of a step, int64 [size, length + 1]."""
         return torch.stack([self._sequence(number) for number in range(step * size, (step + 1) * size)])
 
-    def openings(self, step: int, size: int, length: int) -> tuple[Tensor, list[str]]:
-        """Beginnings of spans, int64 [size, length], in their own order, and the kind of each."""
-        numbered = [self._kind(number) for number in range(step * size, (step + 1) * size)]
-        return torch.stack([self._span(*place)[:length] for place in numbered]), [kind for kind, _ in numbered]
+    def openings(self, kind: str, step: int, size: int, length: int) -> Tensor:
+        """Beginnings of spans of one kind, int64 [size, length], in their own order."""
+        return torch.stack([self._span(kind, place)[:length] for place in range(step * size, (step + 1) * size)])
 
     def _sequence(self, number: int) -> Tensor:
         kind, place = self._kind(number)
