@@ -277,12 +277,13 @@ class BoundAdapter:
 
     def product(self, layer: int, part: str, linear: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The product of x [N, in] and, on the rows that draft, what LoRA adds to it: [N, out]."""
-        low_rank, folded = self._adapter.low_ranks.get((layer, part)), self._adapter.folded.get((layer, part))
+        folded = self._adapter.folded.get((layer, part)) if self.first_row == 0 else None
+        if folded is not None:
+            return folded(x)
+        y, low_rank = linear(x), self._adapter.low_ranks.get((layer, part))
+        if low_rank is None:
+            return y
         if self.first_row == 0:
-            if folded is not None:
-                return folded(x)
-            return linear(x) if low_rank is None else low_rank.add_to(linear(x), x)
-        y = linear(x)
-        if low_rank is not None:
-            low_rank.add_to(y[self.first_row :], x[self.first_row :])  # in place: no such pass is trained
+            return low_rank.add_to(y, x)
+        low_rank.add_to(y[self.first_row :], x[self.first_row :])  # in place: no such pass is trained
         return y

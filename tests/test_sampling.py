@@ -337,6 +337,15 @@ class TestGreedy:
         assert choose(logits, [RowGroup(state_of(params, output=[8]), 6)]) == [[9]]
 
 
+def test_how_many_rows_are_sampled_together_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [SamplingParams(temperature=t, seed=i, top_p=p) for i, (t, p) in enumerate([(0.7, 1), (0, 1), (1.3, 0.9)])]
+    groups = [RowGroup(state_of(each, seed=i), len(PROMPT), (1, 2, 3)) for i, each in enumerate(params)]
+    logits = random_logits(sum(group.num_rows for group in groups))
+    together = choose(logits, groups)
+    monkeypatch.setattr(sampling, "SAMPLED_AT_ONCE", 3 * VOCAB)
+    assert choose(logits, groups) == together
+
+
 class TestAlterations:
     """What `alter` does to logits, row by row of a draft."""
 
