@@ -5,16 +5,15 @@ each in the light of the token drafted before it. The corrected state meets the 
 all of it while that is cheap; of a large vocabulary only a few candidates of each row, those
 that the rows' uncorrected states find likeliest, in one product for all rows.
 
-A token that will hardly be reached is not worth a row of the verify pass, so a draft ends
-before it: its length follows the drafter's confidence, as in EAGLE-2 (arXiv 2406.16858). On
-a CPU the rest of the chain is spared as well.
+A token that will hardly be reached is not worth a row of the verify pass, so drafts end
+where confidence does, as in EAGLE-2 (arXiv 2406.16858); what a confidence is worth is for
+the caller to say. On a CPU the rest of the chain is spared as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -40,6 +39,14 @@ class Prospect:
     index: int
 
 
+class Link(NamedTuple):
+    """A drafted token, the step of its confidence, and the chance that it and all before it are accepted."""
+
+    token: int
+    confidence: int
+    reach: float
+
+
 class Scored(NamedTuple):
     """Some tokens for each of B sequences, the likeliest ones at least."""
 
@@ -53,9 +60,10 @@ def draft_chain(
     hidden: Tensor,
     newest: Tensor,
     prospects: Sequence[Prospect],
+    trust: Tensor,
     min_reach: float = 0.0,
-) -> list[list[int]]:
-    """The drafted tokens of each sequence, at most G.
+) -> list[list[Link]]:
+    """The draft of each sequence: G tokens, or fewer where none behind them can be reached often enough.
 
     The verifier's choice is foreseen with the same noise, penalties, bias and bans; only
     what the drafted tokens themselves would change of the penalties is left out.
@@ -63,31 +71,35 @@ def draft_chain(
     Args:
         hidden: [B, G, hidden_size], the last hidden states of the draft rows, not normalised.
         newest: [B] int64, the token of each sequence's first row.
-        min_reach: a draft ends before the first token whose chance to be accepted, with all
-            before it, is found smaller.
+        trust: [B, C] float32, how often each sequence's tokens are right by their confidence,
+            of which C steps from 0 to 1 are told apart.
+        min_reach: what follows the first token of a smaller reach is of no use.
     """
     choose = Choice(prospects, hidden.shape[1], hidden.device)
     score = _scorer(model, adapter, hidden)
     prepared = adapter.head.prepare(hidden).unbind(1) if adapter.head else None
     token, state, reach = newest, None, hidden.new_ones(len(hidden), dtype=torch.float32)
-    tokens, reaches = [], []
+    steps = trust.shape[1]
+    chain: list[tuple[Tensor, Tensor, Tensor]] = []
     for row, uncorrected in enumerate(hidden.unbind(1)):
         x = uncorrected
         if adapter.head is not None and prepared is not None:
             state = adapter.head.step(prepared[row], model.embed(token), model.embedding_scale, state)
             x = adapter.head.correct(uncorrected, state)
         token, confidence = choose(row, score(row, x))
-        reach = reach * confidence
-        tokens.append(token)
-        reaches.append(reach)
+        step = step_of(confidence, steps)
+        reach = reach * trust.gather(1, step[:, None]).squeeze(1)
+        chain.append((token, step, reach))
         # Elsewhere asking would make the device wait for the next launch.
         if min_reach and hidden.device.type == "cpu" and not bool((reach >= min_reach).any()):
             break
-    drafts, chances = torch.stack(tokens, 1).tolist(), torch.stack(reaches, 1).tolist()
-    return [
-        [token for token, _ in takewhile(lambda step: step[1] >= min_reach, zip(draft, chance, strict=True))]
-        for draft, chance in zip(drafts, chances, strict=True)
-    ]
+    columns = [torch.stack(parts, 1).tolist() for parts in zip(*chain, strict=True)]
+    return [[Link(*link) for link in zip(*draft, strict=True)] for draft in zip(*columns, strict=True)]
+
+
+def step_of(confidence: Tensor, steps: int) -> Tensor:
+    """Which of so many equal steps from 0 to 1 each confidence is in, int64 and in range even if it is not a number."""
+    return (confidence * steps).long().clamp_(0, steps - 1)
 
 
 def _scorer(model: CausalLM, adapter: S3DAdapter, hidden: Tensor) -> _WholeHead | _Candidates:

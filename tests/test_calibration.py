@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skippy.engine.drafters.calibration import DECAY, Calibration, Guess
+from skippy.engine.drafters.calibration import CONFIDENCES, DECAY, Calibration, ConfidenceCalibration, Guess
 from skippy.engine.sequence import Sequence
 from skippy.engine.types import Request, SamplingParams
 
@@ -62,3 +62,27 @@ def test_a_chance_is_the_decayed_share(outcomes: list[bool]) -> None:
     weights = [DECAY ** (len(outcomes) - 1 - i) for i in range(len(outcomes))]
     held = sum(weight for weight, right in zip(weights, outcomes, strict=True) if right)
     assert calibration.chance("a") == pytest.approx((held + 0.5) / (sum(weights) + 1))
+
+
+def test_what_is_supposed_holds_until_guesses_outweigh_it() -> None:
+    calibration, sequence = Calibration(), sequence_of(1)
+    assert calibration.chance("a", supposed=0.2, weight=3.0) == pytest.approx(0.2)
+    calibration.note(sequence, [Guess(3, "a")])
+    sequence.tokens += [3]
+    calibration.settle(sequence)
+    assert calibration.chance("a", supposed=0.2, weight=3.0) == pytest.approx(1.6 / 4)
+
+
+def test_a_confidence_is_taken_at_its_word_until_it_is_judged() -> None:
+    calibration, sequence = ConfidenceCalibration(), sequence_of(1)
+    as_told = [(step + 0.5) / CONFIDENCES for step in range(CONFIDENCES)]
+    assert calibration.chances(greedy=True) == calibration.chances(greedy=False) == pytest.approx(as_told)
+    for _ in range(30):
+        calibration.note(sequence, [Guess(3, (True, 0)), Guess(3, (True, 9))])
+        sequence.tokens += [3, 5]
+        calibration.settle(sequence)
+    greedy, sampled = calibration.chances(greedy=True), calibration.chances(greedy=False)
+    assert greedy[0] > 0.8
+    assert greedy[9] < 0.2
+    assert greedy[1:9] == pytest.approx(as_told[1:9])
+    assert sampled == pytest.approx(as_told)

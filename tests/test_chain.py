@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skippy.engine import SamplingParams, chain
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.chain import NUM_SAMPLED, Prospect, draft_chain
+from skippy.engine.chain import NUM_SAMPLED, Link, Prospect, draft_chain
 from skippy.engine.model import CausalLM
 from skippy.engine.sampling import RowGroup, SamplingState, choose
 from skippy.engine.weights import load_model, open_checkpoint
@@ -62,12 +62,17 @@ def prospect(params: SamplingParams, choice: int = 0) -> Prospect:
     return Prospect(state, len(PROMPT) + len(OUTPUT))
 
 
-def draft(
-    model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect], min_reach: float = -1.0
-) -> list[list[int]]:
+def links(
+    model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect], trust: Tensor, reach: float = 0.0
+) -> list[list[Link]]:
     newest = torch.tensor([OUTPUT[-1] + i for i in range(len(hidden))])
     with torch.inference_mode():
-        return draft_chain(model, adapter, hidden, newest, prospects, min_reach)
+        return draft_chain(model, adapter, hidden, newest, prospects, trust, reach)
+
+
+def draft(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect]) -> list[list[int]]:
+    chains = links(model, adapter, hidden, prospects, torch.ones(len(hidden), 1))
+    return [[link.token for link in chain] for chain in chains]
 
 
 def chosen(model: CausalLM, hidden: Tensor, one: Prospect) -> list[int]:
@@ -164,35 +169,53 @@ class TestHead:
 
 
 class TestReach:
-    """A draft ends before the first token that is hardly ever reached."""
+    """How likely it is that a draft is accepted as far as each of its tokens."""
+
+    STEPS = 10
+
+    def trust(self, count: int) -> Tensor:
+        """Confidences are squared, and those of every second sequence are worth half of that."""
+        squares = ((torch.arange(self.STEPS) + 0.5) / self.STEPS) ** 2
+        return torch.stack([squares / (1 + i % 2) for i in range(count)])
+
+    def test_confidence_is_the_share_of_the_token(self, model: CausalLM, folder: Path) -> None:
+        hidden, one = hidden_rows(1, 6) * 20, prospect(MODES["greedy"])
+        shares = model.logits(hidden[0]).softmax(-1).amax(-1)
+        (chain,) = links(model, without_head(folder), hidden, [one], self.trust(1))
+        assert [link.confidence for link in chain] == [min(int(share * self.STEPS), self.STEPS - 1) for share in shares]
+        assert len({link.confidence for link in chain}) > 1
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("make", [without_head, with_head])
-    def test_a_draft_is_a_prefix_that_ends_where_its_confidence_does(
+    def test_reach_is_the_product_of_what_each_sequences_confidences_are_worth(
         self, model: CausalLM, folder: Path, make: Any, mode: str
     ) -> None:
-        adapter, hidden = make(folder), hidden_rows(6, 8) * 20  # unlike random states, sure of some tokens
+        hidden = hidden_rows(6, 8) * 20  # unlike random states, sure of some tokens
         prospects = [prospect(MODES[mode], choice) for choice in range(6)]
-        whole = draft(model, adapter, hidden, prospects)
+        trust = self.trust(6)
+        for i, drafted in enumerate(links(model, make(folder), hidden, prospects, trust)):
+            chances = trust[i, [link.confidence for link in drafted]]
+            torch.testing.assert_close(torch.tensor([link.reach for link in drafted]), chances.cumprod(0))
+
+    @pytest.mark.parametrize("make", [without_head, with_head])
+    def test_on_a_cpu_a_chain_ends_with_the_last_token_that_anybody_can_reach(
+        self, model: CausalLM, folder: Path, make: Any
+    ) -> None:
+        hidden, prospects = hidden_rows(6, 8) * 20, [prospect(MODES["greedy"], choice) for choice in range(6)]
+        whole = links(model, make(folder), hidden, prospects, self.trust(6))
         lengths = []
-        for min_reach in (1e-3, 0.1, 0.5, 0.9, 1.1):
-            drafts = draft(model, adapter, hidden, prospects, min_reach)
-            assert all(tokens == all_of_them[: len(tokens)] for tokens, all_of_them in zip(drafts, whole, strict=True))
-            lengths.append(sum(map(len, drafts)))
+        for least in (1e-3, 0.1, 0.3, 0.9, 1.1):
+            chains = links(model, make(folder), hidden, prospects, self.trust(6), least)
+            length = max(sum(link.reach >= least for link in chain) for chain in whole)
+            assert chains == [chain[: length + 1] for chain in whole]
+            lengths.append(length)
         assert lengths == sorted(lengths, reverse=True)
         assert lengths[0] > lengths[-1] == 0
 
-    def test_reach_is_the_product_of_the_shares(self, model: CausalLM, folder: Path) -> None:
-        hidden, one = hidden_rows(1, 6) * 20, prospect(MODES["greedy"])
-        shares = model.logits(hidden[0]).softmax(-1).amax(-1)
-        for length, reach in enumerate(shares.cumprod(0).tolist(), 1):
-            for min_reach, expected in ((reach * 0.999, length), (reach * 1.001, length - 1)):
-                drafts = draft(model, without_head(folder), hidden, [one], min_reach)
-                assert len(drafts[0]) >= expected if min_reach < reach else len(drafts[0]) <= expected
-
-    def test_nonsense_is_never_worth_verifying(self, model: CausalLM, folder: Path) -> None:
+    def test_nonsense_is_as_unsure_as_can_be(self, model: CausalLM, folder: Path) -> None:
         hidden = torch.full((1, 4, HIDDEN), float("nan"))
-        assert draft(model, with_head(folder), hidden, [prospect(MODES["greedy"])], 0.1) == [[]]
+        (chain,) = links(model, with_head(folder), hidden, [prospect(MODES["greedy"])], self.trust(1))
+        assert [link.confidence for link in chain] == [0] * 4
 
 
 class TestBatch:
@@ -205,8 +228,8 @@ class TestBatch:
         newest = torch.tensor([OUTPUT[-1] + i for i in range(len(hidden))])
         for i, one in enumerate(prospects):
             with torch.inference_mode():
-                alone = draft_chain(model, adapter, hidden[i : i + 1], newest[i : i + 1], [one])
-            assert together[i] == alone[0]
+                alone = draft_chain(model, adapter, hidden[i : i + 1], newest[i : i + 1], [one], torch.ones(1, 1))
+            assert together[i] == [link.token for link in alone[0]]
         assert len({tuple(tokens) for tokens in together}) == len(together)
 
     def test_choices_of_one_request_have_noise_of_their_own(self, model: CausalLM, folder: Path) -> None:

@@ -18,6 +18,7 @@ from support_exactness import MODES, Answers, assert_exact, reference_answers, r
 from torch import Tensor
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams, SequenceOutput, StepStats, chain
+from skippy.engine.chain import Link
 from skippy.engine.drafters import s3d
 from skippy.engine.drafters.base import Followed
 from skippy.engine.drafters.s3d import S3DDrafter
@@ -131,7 +132,8 @@ class TestExactness:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """What its drafts leave in the cache never reaches a verified row, however few of them are verified."""
-        monkeypatch.setattr(s3d, "draft_chain", lambda _, __, hidden, *___: [[5] * length] * len(hidden))
+        chain = [Link(5, 0, 1.0)] * length
+        monkeypatch.setattr(s3d, "draft_chain", lambda _, __, hidden, *___: [chain] * len(hidden))
         engine = engine_with(block_size=8)
         for parameter in s3d_of(engine).adapter.parameters():
             parameter.fill_(value)
@@ -304,6 +306,45 @@ def test_whatever_is_asked_for_drafts_change_nothing(
     engine = engines[which]
     plain = tokens_of(run_dry(engine, [replace(request, drafter="none") for request in made], 1))
     assert tokens_of(run_dry(engine, made, at_once)) == plain
+
+
+class TestConfidence:
+    """Drafts end before tokens that are hardly ever accepted, as far as the drafter has seen."""
+
+    PARAMS = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+
+    def run(self, engine: Engine, name: str) -> list[tuple[int, int]]:
+        """Drafted and accepted up to each output."""
+        parts = run_dry(engine, [Request(name, PROMPT, self.PARAMS, num_speculative_tokens=1)])[name, 0]
+        return [(part.counts.drafted, part.counts.accepted) for part in parts]
+
+    def test_who_is_unsure_and_right_is_trusted(
+        self, engine_with: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3d, "MIN_REACH", 0.5)
+        engine = engine_with(WHOLE)  # a random model: each of its tokens has a small share
+        first = self.run(engine, "first")
+        assert first[1] == (0, 0)
+        drafted, accepted = first[-1]
+        assert drafted == accepted > 10
+        again = self.run(engine, "again")
+        assert again[-1][0] > drafted
+        engine.drafting.forget()
+        assert self.run(engine, "anew") == first
+
+    def test_who_is_wrong_drafts_no_more(
+        self, engine_with: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3d, "MIN_REACH", 0.3)
+        engine = engine_with({"scale": 2.0})  # sure of many tokens, and wrong
+        first, again = (self.run(engine, name)[-1] for name in ("first", "again"))
+        assert (first[1], again[1]) == (0, 0)
+        assert 15 > first[0] > 2 * again[0]
+
+    def test_nothing_is_kept_of_who_has_ended(self, engine_with: Callable[..., Engine]) -> None:
+        engine = engine_with()
+        self.run(engine, "a")
+        assert s3d_of(engine)._calibration._open == {}
 
 
 class TestMemory:

@@ -24,7 +24,7 @@ from torch import Tensor
 from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.adapter_files import load_adapter, save_adapter
-from skippy.engine.chain import draft_chain
+from skippy.engine.chain import Link, draft_chain
 from skippy.engine.drafters import s3d
 from skippy.engine.errors import TrainingError
 from skippy.engine.families import parse_config
@@ -219,10 +219,10 @@ class TestRows:
         seen: list[tuple[int, Tensor]] = []
 
         def record(
-            model: CausalLM, adapter: S3DAdapter, hidden: Tensor, newest: Tensor, prospects: Any, min_reach: float
-        ) -> list[list[int]]:
+            model: CausalLM, adapter: S3DAdapter, hidden: Tensor, newest: Tensor, prospects: Any, *rest: Any
+        ) -> list[list[Link]]:
             seen.append((prospects[0].index - 1, hidden[0].clone()))
-            return draft_chain(model, adapter, hidden, newest, prospects, min_reach)
+            return draft_chain(model, adapter, hidden, newest, prospects, *rest)
 
         monkeypatch.setattr(s3d, "draft_chain", record)
         engine = Engine(replace(config, adapter=str(tmp_path), drafter="s3d"))

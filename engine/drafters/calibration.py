@@ -11,6 +11,12 @@ DECAY = 0.98
 """What the last guess leaves of what was known before. A text changes its character within a few lines."""
 
 
+CONFIDENCES = 10
+"""Steps of a drafter's own confidence, from 0 to 1, that are told apart."""
+PRIOR_GUESSES = 4.0
+"""What it weighs that a confidence is what it says."""
+
+
 class Guess(NamedTuple):
     """A token, and on what ground it was guessed; guesses on like grounds are as often right."""
 
@@ -30,9 +36,14 @@ class Calibration:
         self._judged: dict[Hashable, float] = {}
         self._open: dict[Sequence, tuple[int, list[Guess]]] = {}
 
-    def chance(self, ground: Hashable) -> float:
-        """How likely a guess on this ground is right if those before it are; a half when nothing is known."""
-        return (self._right.get(ground, 0.0) + 0.5) / (self._judged.get(ground, 0.0) + 1.0)
+    def chance(self, ground: Hashable, supposed: float = 0.5, weight: float = 1.0) -> float:
+        """How likely a guess on this ground is right if those before it are.
+
+        Args:
+            supposed: how likely when nothing is known.
+            weight: how many judged guesses that counts for.
+        """
+        return (self._right.get(ground, 0.0) + weight * supposed) / (self._judged.get(ground, 0.0) + weight)
 
     def note(self, sequence: Sequence, guesses: Iterable[Guess]) -> None:
         """Remember what was guessed to follow the sequence's tokens, in order, until it is settled."""
@@ -47,3 +58,15 @@ class Calibration:
             self._judged[guess.ground] = self._judged.get(guess.ground, 0.0) * DECAY + 1.0
             if not right:
                 break
+
+
+class ConfidenceCalibration(Calibration):
+    """Of guesses whose ground is a confidence: its step, and whether a token is to be sampled.
+
+    The likeliest token is mostly the greedy choice, however small its share of the softmax, and
+    loses against noise more often: so one confidence means two things.
+    """
+
+    def chances(self, *, greedy: bool) -> list[float]:
+        """By step of confidence, of guesses on the ground (greedy, step)."""
+        return [self.chance((greedy, i), (i + 0.5) / CONFIDENCES, PRIOR_GUESSES) for i in range(CONFIDENCES)]

@@ -12,22 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skippy.engine.chain import Choice, Prospect, Scored
+from skippy.engine.chain import Choice, Prospect, Scored, step_of
 from skippy.engine.drafters.base import Followed
+from skippy.engine.drafters.calibration import CONFIDENCES, ConfidenceCalibration, Guess
 from skippy.engine.eagle import EagleHead
 from skippy.engine.model import CausalLM
 from skippy.engine.runner import Rows, Runner
 from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
 
-MIN_REACH = 0.1
-"""As of S3D: a token must be accepted so often, by the head's own account, to be worth verifying."""
+MIN_REACH = 0.05
+"""As of S3D: a token must be accepted so often to be worth verifying."""
 MAX_DRAFT = 8
 
 
@@ -38,6 +40,28 @@ class _Inputs(NamedTuple):
     tokens: list[int]
     position: int
     states: Tensor  # [len(tokens), hidden_size], see `EagleHead.forward`
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A draft that grows.
+
+    Args:
+        chances: that a token of each step of confidence is right.
+    """
+
+    greedy: bool
+    chances: SequenceOf[float]
+    tokens: list[int] = field(default_factory=list)
+    guesses: list[Guess] = field(default_factory=list)
+    reach: float = 1.0
+
+    def extend(self, token: int, step: int) -> None:
+        """By a token, if it will be reached often enough."""
+        self.guesses.append(Guess(token, (self.greedy, step)))
+        self.reach *= self.chances[step]
+        if self.reach >= MIN_REACH:
+            self.tokens.append(token)
 
 
 class Eagle3Drafter:
@@ -58,12 +82,19 @@ class Eagle3Drafter:
         self._embed = head.embed_tokens or model.embed
         self._cache = cache
         self._states = states
+        self._calibration = ConfidenceCalibration()
         self._last: dict[Sequence, Tensor] = {}
         """[hidden_size], what the head made of each sequence's newest computed token."""
 
     @property
     def taps(self) -> SequenceOf[int]:
         return self._head.config.taps
+
+    def release(self, sequence: Sequence) -> None:
+        self._calibration.settle(sequence)
+
+    def forget(self) -> None:
+        self._calibration = ConfidenceCalibration()
 
     @torch.inference_mode()
     def follow(self, parts: SequenceOf[Followed], tapped: Mapping[int, Tensor]) -> None:
@@ -90,18 +121,15 @@ class Eagle3Drafter:
         hidden = torch.stack([self._last[s] for s, _ in drafting])
         most = max(width for _, width in drafting)
         choose = Choice([Prospect(self._states[s], len(s.tokens)) for s, _ in drafting], most, hidden.device)
-        drafts: list[list[int]] = [[] for _ in drafting]
-        reaches = [1.0] * len(drafting)
+        drafts = [self._begin(sequence) for sequence, _ in drafting]
         going = list(range(len(drafting)))
         for depth in range(most):
             logits, ids = self._head.logits(hidden)
             token, share = choose(depth, Scored(logits, ids.expand_as(logits)))
-            tokens, shares = token.tolist(), share.tolist()
+            tokens, steps = token.tolist(), step_of(share, CONFIDENCES).tolist()
             for place in going:
-                reaches[place] *= shares[place]
-                if reaches[place] >= MIN_REACH:
-                    drafts[place].append(tokens[place])
-            going = [i for i in going if len(drafts[i]) == depth + 1 < drafting[i][1]]
+                drafts[place].extend(tokens[place], steps[place])
+            going = [i for i in going if len(drafts[i].tokens) == depth + 1 < drafting[i][1]]
             if not going:
                 break
             inputs = [
@@ -109,7 +137,14 @@ class Eagle3Drafter:
                 for i, s in ((i, drafting[i][0]) for i in going)
             ]
             hidden[going] = self._compute(inputs)
-        return drafts
+        for (sequence, _), draft in zip(drafting, drafts, strict=True):
+            self._calibration.note(sequence, draft.guesses)
+        return [draft.tokens for draft in drafts]
+
+    def _begin(self, sequence: Sequence) -> _Draft:
+        self._calibration.settle(sequence)
+        greedy = self._states[sequence].params.greedy
+        return _Draft(greedy, self._calibration.chances(greedy=greedy))
 
     def _compute(self, inputs: SequenceOf[_Inputs]) -> Tensor:
         """All rows, in order, [N, hidden_size]; their keys and values are cached."""

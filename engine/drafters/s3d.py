@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -24,17 +25,15 @@ from torch.nn.utils.rnn import pad_sequence
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.chain import Prospect, draft_chain
 from skippy.engine.drafters.base import Followed
+from skippy.engine.drafters.calibration import ConfidenceCalibration, Guess
 from skippy.engine.model import skipping_plan
 from skippy.engine.runner import Rows, Runner
 from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
 from skippy.engine.tensors import to_device
 
-MIN_REACH = 0.15
-"""A token must be accepted so often, by the drafter's own account, to be worth verifying.
-
-Measured, not derived: the drafter is less sure than it is right.
-"""
+MIN_REACH = 0.05
+"""A token must be accepted so often to be worth verifying."""
 
 
 class _S3D:
@@ -50,18 +49,35 @@ class _S3D:
         self.adapter = adapter
         self._runner = runner
         self._states = states
+        self._calibration = ConfidenceCalibration()
+
+    def release(self, sequence: Sequence) -> None:
+        self._calibration.settle(sequence)
+
+    def forget(self) -> None:
+        self._calibration = ConfidenceCalibration()
 
     def _chains(self, sequences: SequenceOf[Sequence], hidden: SequenceOf[Tensor]) -> list[list[int]]:
         """At most a token per draft row. hidden [rows, hidden_size] of each sequence; some may have no rows."""
-        drafts = draft_chain(
+        for sequence in sequences:
+            self._calibration.settle(sequence)
+        greedy = [self._states[s].params.greedy for s in sequences]
+        chances = {kind: self._calibration.chances(greedy=kind) for kind in set(greedy)}
+        chains = draft_chain(
             self._runner.model,
             self.adapter,
             hidden[0][None] if len(hidden) == 1 else pad_sequence(list(hidden), batch_first=True),
             to_device([s.tokens[-1] for s in sequences], hidden[0].device),
             [Prospect(self._states[s], len(s.tokens)) for s in sequences],
+            torch.tensor([chances[kind] for kind in greedy], device=hidden[0].device),
             MIN_REACH,
         )
-        return [draft[: len(rows)] for draft, rows in zip(drafts, hidden, strict=True)]
+        drafts = []
+        for sequence, kind, chain, rows in zip(sequences, greedy, chains, hidden, strict=True):
+            links = chain[: len(rows)]
+            self._calibration.note(sequence, [Guess(link.token, (kind, link.confidence)) for link in links])
+            drafts.append([link.token for link in takewhile(lambda link: link.reach >= MIN_REACH, links)])
+        return drafts
 
 
 class S3DDrafter(_S3D):

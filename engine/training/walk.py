@@ -82,11 +82,11 @@ def accepted_counts(
         anchors = torch.arange(place, min(place + places, end), device=text.device)[None]
         hidden = draft_rows(model, adapter, teaching, anchors)[0]
         prospects = [Prospect(state, cut + anchor + 1) for anchor in anchors[0].tolist()]
-        drafts = draft_chain(model, adapter, hidden, text[0, anchors[0]], prospects)
+        drafts = draft_chain(model, adapter, hidden, text[0, anchors[0]], prospects, hidden.new_ones(len(hidden), 1))
         first = place
         while place - first < len(drafts):
             following = tokens[place + 1 : place + 1 + width]
-            agreeing = (a == b for a, b in zip(drafts[place - first], following, strict=True))
+            agreeing = (link.token == token for link, token in zip(drafts[place - first], following, strict=True))
             accepted = sum(takewhile(bool, agreeing))
             yield accepted
             place += accepted + 1

@@ -18,7 +18,7 @@ from skippy.engine.bench import decode, encode_prompts
 from skippy.engine.drafters import s3d
 from skippy.engine.prompts import read_prompts
 
-THRESHOLDS = (0.15, 0.08, 0.04, 0.0)
+THRESHOLDS = (0.3, 0.2, 0.1, 0.05, 0.0)
 WIDTHS = (4, 6)
 
 
