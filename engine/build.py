@@ -70,7 +70,7 @@ def build(config: EngineConfig, report: Report | None = None, reserve: Reserve |
     device = choose_device(config)
     checkpoint = open_checkpoint(config.model, config.revision)
     dtype = _dtype(config, checkpoint, device)
-    wanted_len = _wanted_len(config, checkpoint)
+    wanted_len = wanted_context(config, checkpoint)
     with _shortage_explained(config):
         adapter, eagle = _trained_parts(config, checkpoint, dtype, device, wanted_len)
         model, tiling = _load(config, checkpoint, adapter, dtype, device, wanted_len, report)
@@ -95,7 +95,12 @@ def _shortage_explained(config: EngineConfig) -> Iterator[None]:
         ) from error
 
 
-def _wanted_len(config: EngineConfig, checkpoint: Checkpoint) -> int:
+def wanted_context(config: EngineConfig, checkpoint: Checkpoint) -> int:
+    """The longest context that is wanted, whether or not it fits.
+
+    Raises:
+        ConfigError: the model has fewer positions.
+    """
     positions = checkpoint.config.max_position_embeddings
     wanted = config.max_model_len or positions
     if wanted > positions:

@@ -39,17 +39,17 @@ from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.model import CausalLM
 from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
-from skippy.engine.training.files import check_recipe, load_tensors, save_tensors
+from skippy.engine.training.files import (
+    check_recipe,
+    load_tensors,
+    load_training_state,
+    save_tensors,
+    training_state,
+)
 from skippy.engine.training.options import TrainOptions, fresh_shape, num_parameters
 from skippy.engine.training.passes import teach
 from skippy.engine.training.run import load_base
-from skippy.engine.training.trainer import (
-    LARGEST_NORM,
-    load_training_state,
-    share_of_rate,
-    taught_loss,
-    training_state,
-)
+from skippy.engine.training.trainer import LARGEST_NORM, share_of_rate, taught_loss
 from skippy.engine.training.walk import accepted_counts
 from skippy.engine.types import SamplingParams
 from skippy.engine.weights import Checkpoint
@@ -325,7 +325,8 @@ class Learner:
 
     def _save(self) -> None:
         about = {"recipe": self._recipe, "seconds": self._seconds, "is_new": self._is_new}
-        save_tensors(self._folder / CHECKPOINT, training_state(self._adapter, self._optimizer, self.step), about)
+        state = training_state("adapter", self._adapter, [self._optimizer], self.step)
+        save_tensors(self._folder / CHECKPOINT, state, about)
         self._saved = time.monotonic()
 
     def _resume(self) -> None:
@@ -345,7 +346,7 @@ class Learner:
         state, about = load_tensors(path)
         check_recipe(path, about.get("recipe"), self._recipe)
         try:
-            self.step = self._last_new = load_training_state(self._adapter, self._optimizer, state)
+            self.step = self._last_new = load_training_state("adapter", self._adapter, [self._optimizer], state)
             self._seconds, self._is_new = about["seconds"], about["is_new"]
         except (KeyError, RuntimeError) as error:
             raise TrainingError(f"{path} cannot be used: {error}. Remove it to begin anew.") from error

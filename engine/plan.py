@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from skippy.engine.adapter import AdapterConfig, part_sizes
-from skippy.engine.build import CUDA_RESERVE_BYTES, cpu_cache_bytes, gpu_dtype
+from skippy.engine.build import CUDA_RESERVE_BYTES, cpu_cache_bytes, gpu_dtype, wanted_context
 from skippy.engine.config import EngineConfig
 from skippy.engine.errors import ConfigError
 from skippy.engine.hub import find_model
@@ -28,9 +28,8 @@ from skippy.engine.roofline import (
     Weights,
     beta_eff,
     kv_bytes_per_token,
+    loaded_weights,
     tokens_per_step,
-    weights_on_cpu,
-    weights_on_gpu,
 )
 from skippy.engine.training.display import duration
 from skippy.engine.training.estimate import BYTES_PER_WEIGHT, Precision, Processor, estimate
@@ -172,10 +171,7 @@ def predict(config: EngineConfig, options: PlanOptions) -> Record:
 
 def _prepare(config: EngineConfig, options: PlanOptions) -> _Job:
     checkpoint = read_checkpoint(find_model(config.model, config.revision))
-    longest = checkpoint.config.max_position_embeddings
-    wanted_len = config.max_model_len or longest
-    if wanted_len > longest:
-        raise ConfigError(f"max_model_len {wanted_len} exceeds the {longest} positions of the model.")
+    wanted_len = wanted_context(config, checkpoint)
     on_cpu = options.gpu == "cpu"
     if on_cpu and config.dtype == "float16":
         raise ConfigError("float16 is not supported on CPU; use float32 or bfloat16.")
@@ -183,11 +179,8 @@ def _prepare(config: EngineConfig, options: PlanOptions) -> _Job:
     auto = torch.float32 if on_cpu else gpu_dtype(checkpoint, card.has_bfloat16)
     dtype: torch.dtype = auto if config.dtype == "auto" else getattr(torch, config.dtype)
     sizes = model_sizes(checkpoint.config)
-    if on_cpu:
-        half = checkpoint.dtype.itemsize == 2 or dtype.itemsize == 2
-        weights = weights_on_cpu(sizes, dtype.itemsize, config.quantization, wanted_len, half=half)
-    else:
-        weights = weights_on_gpu(sizes, dtype.itemsize, config.quantization, wanted_len)
+    stored = checkpoint.dtype.itemsize
+    weights = loaded_weights(sizes, dtype.itemsize, stored, config.quantization, wanted_len, on_cpu=on_cpu)
     adapter = TrainOptions().adapter_config(checkpoint.config, sizes.parameters * checkpoint.dtype.itemsize)
     return _Job(config, options, checkpoint, card, sizes, dtype.itemsize, wanted_len, weights, adapter)
 

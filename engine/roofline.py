@@ -129,31 +129,23 @@ class Weights:
         return self.layers + self.vectors + self.head
 
 
-def weights_on_gpu(sizes: ModelSizes, itemsize: int, quantization: Quantization, max_len: int) -> Weights:
-    """Everything in one type of `itemsize` bytes, but for quantised matrices. Tied embeddings are there once."""
-    head = sizes.head * itemsize
-    return Weights(
-        embedding=0 if sizes.tied else head,
-        head=head,
-        layers=sizes.layers * matrices_bytes(sizes, itemsize, quantization),
-        vectors=sizes.vectors * itemsize,
-        tables=2 * max_len * sizes.head_dim * itemsize,
-    )
-
-
-def weights_on_cpu(
-    sizes: ModelSizes, itemsize: int, quantization: Quantization, max_len: int, *, half: bool
+def loaded_weights(
+    sizes: ModelSizes, itemsize: int, stored_itemsize: int, quantization: Quantization, max_len: int, *, on_cpu: bool
 ) -> Weights:
-    """As on a GPU, but matrices are packed apart: the head beside the embedding, even a tied one.
+    """What a model takes once it is loaded in a type of `itemsize` bytes, but for quantised matrices.
+
+    On a GPU tied embeddings are there once. On a CPU matrices are packed apart, the head beside the embedding, even a
+    tied one, and as float16 where that loses nothing.
 
     Args:
-        half: whether the checkpoint is stored in two bytes per number; then nothing is lost by packing as float16.
+        stored_itemsize: bytes of a number in the checkpoint.
     """
-    packed = 2 if half else 4
+    embedding = sizes.head * itemsize
+    packed = 2 if 2 in (stored_itemsize, itemsize) else 4
     return Weights(
-        embedding=sizes.head * itemsize,
-        head=sizes.head * packed,  # widened to float32 first, whatever the type
-        layers=sizes.layers * matrices_bytes(sizes, min(itemsize, packed), quantization),
+        embedding=0 if sizes.tied and not on_cpu else embedding,
+        head=sizes.head * packed if on_cpu else embedding,  # widened to float32 before it is packed
+        layers=sizes.layers * matrices_bytes(sizes, min(itemsize, packed) if on_cpu else itemsize, quantization),
         vectors=sizes.vectors * itemsize,
         tables=2 * max_len * sizes.head_dim * itemsize,
     )

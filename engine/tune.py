@@ -29,7 +29,7 @@ from skippy.engine.errors import ConfigError
 from skippy.engine.forecast import Draft, Observations, predict
 from skippy.engine.plan import model_sizes
 from skippy.engine.prompts import read_prompts
-from skippy.engine.roofline import beta_eff, closed_form, weights_on_cpu, weights_on_gpu
+from skippy.engine.roofline import beta_eff, closed_form, loaded_weights
 from skippy.engine.tuned import FORMAT_VERSION, Measured, TunedPlan, check_writable, default_path, key_of, save_plan
 from skippy.engine.types import SamplingParams, StepOutput
 from skippy.engine.weights import Checkpoint, open_checkpoint
@@ -318,11 +318,7 @@ def _beta_eff(engine: Engine, checkpoint: Checkpoint, quantization: Quantization
         return 0.0
     sizes = model_sizes(checkpoint.config)
     itemsize, longest = getattr(torch, engine.info.dtype).itemsize, engine.info.max_model_len
-    if engine.info.device.startswith("cuda"):
-        weights = weights_on_gpu(sizes, itemsize, quantization, longest)
-    else:
-        weights = weights_on_cpu(
-            sizes, itemsize, quantization, longest, half=2 in (checkpoint.dtype.itemsize, itemsize)
-        )
+    on_cpu, stored = engine.info.device == "cpu", checkpoint.dtype.itemsize
+    weights = loaded_weights(sizes, itemsize, stored, quantization, longest, on_cpu=on_cpu)
     draftable = len(adapter.draft_ids) if adapter.draft_ids is not None else sizes.vocab_size
     return beta_eff(weights, len(adapter.kept) / sizes.layers, draftable / sizes.vocab_size)

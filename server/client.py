@@ -51,9 +51,7 @@ class Generation:
         self._client = client
         self._requests = {request.request_id: request for request in requests}
         self._running = {request.request_id: set(range(request.n)) for request in requests}
-        """Choices that the engine still works on."""
-        self._wanted = {request.request_id: set(range(request.n)) for request in requests}
-        """Choices that the consumer still wants to hear of."""
+        """Choices that the engine still works on and the consumer wants to hear of."""
         self._inbox: asyncio.Queue[SequenceOutput | None] = asyncio.Queue()
 
     def __enter__(self) -> Self:
@@ -78,28 +76,29 @@ class Generation:
         Raises:
             EngineDead: the engine ended before the last output.
         """
-        while any(self._wanted.values()):
+        while any(self._running.values()):
             output = await self._inbox.get()
             if output is None:
                 raise EngineDead(self._client.dead)
-            wanted = output.index in self._wanted[output.request_id]
+            running = self._running[output.request_id]
+            wanted = output.index in running
             if output.finish_reason == "error":
                 self._abort(output.request_id)  # the whole request, whichever choice it struck
-                self._wanted[output.request_id].clear()
             elif output.finish_reason is not None:
-                self._running[output.request_id].discard(output.index)
-                self.drop(output.request_id, output.index)
+                running.discard(output.index)
+                if not running:
+                    self._client.unregister(output.request_id)
             if wanted:
                 return output
         raise StopAsyncIteration
 
     def drop(self, request_id: str, index: int) -> None:
         """Abort a choice that still runs, and ignore what is on its way of it."""
-        self._wanted[request_id].discard(index)
-        if not self._wanted[request_id]:
+        running = self._running[request_id]
+        if running == {index}:
             self._abort(request_id)
-        elif index in self._running[request_id]:
-            self._running[request_id].discard(index)
+        elif index in running:
+            running.discard(index)
             self._client.send(Abort(request_id, index))
 
     def _abort(self, request_id: str) -> None:

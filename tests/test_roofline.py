@@ -16,10 +16,9 @@ from skippy.engine.roofline import (
     beta_eff,
     closed_form,
     kv_bytes_per_token,
+    loaded_weights,
     matrices_bytes,
     tokens_per_step,
-    weights_on_cpu,
-    weights_on_gpu,
 )
 
 EIGHT_B = ModelSizes(
@@ -40,7 +39,7 @@ RATES = st.floats(0.0, 1.0)
 
 
 def cost_of(quantization: Quantization = "none", card: str = "a10g") -> Cost:
-    weights = weights_on_gpu(EIGHT_B, 2, quantization, 8192)
+    weights = loaded_weights(EIGHT_B, 2, 2, quantization, 8192, on_cpu=False)
     return Cost.of(CARDS[card], EIGHT_B, weights, 2, quantization)
 
 
@@ -51,7 +50,7 @@ class TestBytes:
         assert kv_bytes_per_token(EIGHT_B, 2) == 131_072
 
     def test_a_gpu_holds_every_number_once_and_the_rotary_tables(self) -> None:
-        weights = weights_on_gpu(EIGHT_B, 2, "none", 8192)
+        weights = loaded_weights(EIGHT_B, 2, 2, "none", 8192, on_cpu=False)
         assert weights.embedding == weights.head == 1_050_673_152
         assert weights.total - weights.tables == 2 * 8_030_261_248
         assert weights.tables == 2 * 8192 * 128 * 2
@@ -61,7 +60,7 @@ class TestBytes:
         rows = 4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096
         assert matrices_bytes(EIGHT_B, 2, "int8") == 218_103_808 + 4 * rows
         assert matrices_bytes(EIGHT_B, 2, "nf4") == 218_103_808 // 2 + 218_103_808 // 64 * 4
-        assert weights_on_gpu(EIGHT_B, 2, "nf4", 8192).head == 1_050_673_152
+        assert loaded_weights(EIGHT_B, 2, 2, "nf4", 8192, on_cpu=False).head == 1_050_673_152
 
     def test_blocks_that_are_not_filled_count_whole(self) -> None:
         odd = ModelSizes(10, 5, 1, ((5, 5),), 0, 2, 5, 5, tied=True)
@@ -69,8 +68,8 @@ class TestBytes:
 
     def test_a_tied_head_is_there_once_on_a_gpu_and_packed_apart_on_a_cpu(self) -> None:
         tied = ModelSizes(100, 8, 2, ((8, 8),), 40, 8, 8, 8, tied=True)
-        assert weights_on_gpu(tied, 2, "none", 16).embedding == 0
-        half, whole = (weights_on_cpu(tied, 4, "none", 16, half=stored) for stored in (True, False))
+        assert loaded_weights(tied, 2, 2, "none", 16, on_cpu=False).embedding == 0
+        half, whole = (loaded_weights(tied, 4, stored, "none", 16, on_cpu=True) for stored in (2, 4))
         assert (half.embedding, half.head, half.layers) == (3200, 1600, 2 * 64 * 2)
         assert (whole.embedding, whole.head, whole.layers) == (3200, 3200, 2 * 64 * 4)
         assert half.vectors == 160
@@ -80,7 +79,7 @@ class TestBytes:
 class TestTime:
     def test_a_single_row_waits_for_the_weights(self) -> None:
         cost = cost_of()
-        read = weights_on_gpu(EIGHT_B, 2, "none", 8192).read + 1000 * 131_072
+        read = loaded_weights(EIGHT_B, 2, 2, "none", 8192, on_cpu=False).read + 1000 * 131_072
         assert cost.pass_seconds(1, 1, 1000) == pytest.approx(read / 600e9)
 
     def test_many_rows_wait_for_the_arithmetic(self) -> None:
@@ -97,7 +96,7 @@ class TestTime:
         assert cost.pass_seconds(1, rows + 1, 0) > cost.pass_seconds(1, 1, 0)
 
     def test_a_draft_reads_its_share(self) -> None:
-        weights = weights_on_gpu(EIGHT_B, 2, "nf4", 8192)
+        weights = loaded_weights(EIGHT_B, 2, 2, "nf4", 8192, on_cpu=False)
         assert beta_eff(weights, 0.5, 1.0) == pytest.approx(0.605, abs=0.001)
         assert beta_eff(weights, 0.5, 32_768 / 128_256) == pytest.approx(0.448, abs=0.001)
         assert beta_eff(weights, 1.0, 1.0) == 1.0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.training.data import Sample
@@ -79,6 +79,49 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise TrainingError(f"{path} cannot be read: {error}. Remove it to begin anew.") from error
+
+
+def training_state(
+    kind: str, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int
+) -> dict[str, Tensor]:
+    """What is trained and the optimizers' moments of it, by name; the tensors are not copied.
+
+    Args:
+        kind: what is trained is called.
+    """
+    state = {"step": torch.tensor(step)}
+    for name, parameter in module.named_parameters():
+        state[f"{kind}.{name}"] = parameter.detach()
+        for optimizer in optimizers:
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                state[f"{moment}.{name}"] = value
+    return state
+
+
+@torch.no_grad()
+def load_training_state(
+    kind: str, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Tensor]
+) -> int:
+    """Take over what `training_state` gave, and return its step.
+
+    Raises:
+        KeyError, RuntimeError: it is the state of something else.
+    """
+    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        part, _, name = key.partition(".")
+        found.setdefault(name, {})[part] = value
+    for name, parameter in module.named_parameters():
+        moments = dict(found[name])
+        parameter.copy_(moments.pop(kind))
+        if moments:  # before the first step there are none
+            owners[id(parameter)].state[parameter] = {
+                # AdamW wants its step on the CPU.
+                moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
+                for moment, value in moments.items()
+            }
+    return int(state["step"])
 
 
 def check_recipe(path: Path, found: object, wanted: Recipe) -> None:

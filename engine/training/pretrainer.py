@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from skippy.engine.errors import ConfigError, TrainingError
+from skippy.engine.training.files import load_training_state, training_state
 from skippy.engine.training.repetition import (
     CONTINUED,
     KIND,
@@ -173,13 +174,7 @@ class Pretrainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `resume` needs, by name; the tensors are not copied."""
-        state = {"step": torch.tensor(self.step)}
-        for name, parameter in self.model.named_parameters():
-            state[f"model.{name}"] = parameter.detach()
-            for optimizer, _ in self._optimizers:
-                for moment, value in optimizer.state.get(parameter, {}).items():
-                    state[f"{moment}.{name}"] = value
-        return state
+        return training_state("model", self.model, self._torch_optimizers, self.step)
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another trainer, of a model of the same shape, was when it gave its `state`.
@@ -187,18 +182,8 @@ class Pretrainer:
         Raises:
             KeyError, RuntimeError: it is the state of another model.
         """
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            moment, _, name = key.partition(".")
-            moments.setdefault(name, {})[moment] = value
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                found = moments[name]
-                parameter.copy_(found.pop("model"))
-                if found:  # before the first step there are none
-                    optimizer = self._optimizers[0 if "momentum_buffer" in found else 1][0]
-                    optimizer.state[parameter] = {
-                        moment: value.clone() if moment == "step" else value.to(parameter.device, copy=True)
-                        for moment, value in found.items()
-                    }
-        self.step = int(state["step"])
+        self.step = load_training_state("model", self.model, self._torch_optimizers, state)
+
+    @property
+    def _torch_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [optimizer for optimizer, _ in self._optimizers]

@@ -14,6 +14,7 @@ from skippy.engine.adapter import S3DAdapter
 from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.model import CausalLM
 from skippy.engine.training.data import Sample
+from skippy.engine.training.files import load_training_state, training_state
 from skippy.engine.training.loss import Head, draft_loss, rows_of_vocabulary, teacher_tops
 from skippy.engine.training.options import TrainOptions
 from skippy.engine.training.passes import Teaching, draft_rows, teach
@@ -110,7 +111,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that `resume` needs, by name; the tensors are not copied."""
-        return training_state(self.adapter, self._optimizer, self.step)
+        return training_state("adapter", self.adapter, [self._optimizer], self.step)
 
     def resume(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another trainer, of the same arguments, was when it gave its `state`.
@@ -118,7 +119,7 @@ class Trainer:
         Raises:
             KeyError, RuntimeError: it is the state of another adapter.
         """
-        self.step = load_training_state(self.adapter, self._optimizer, state)
+        self.step = load_training_state("adapter", self.adapter, [self._optimizer], state)
 
     def _batch(self) -> list[Sample]:
         """The samples of the step: every epoch goes over all of them, in an order of its own."""
@@ -144,34 +145,6 @@ def share_of_rate(step: int, steps: int) -> float:
     """The part of the peak learning rate that a step of a whole training has: a short rise, and half a cosine."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return min(1.0, (step + 1) / WARM_UP) * (FINAL_SHARE + (1 - FINAL_SHARE) * cosine)
-
-
-def training_state(adapter: S3DAdapter, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Tensor]:
-    """An adapter and the moments of its AdamW, by name; the tensors are not copied."""
-    state = {"step": torch.tensor(step)}
-    for name, parameter in adapter.named_parameters():
-        state[f"adapter.{name}"] = parameter.detach()
-        for moment, value in optimizer.state[parameter].items():
-            state[f"{moment}.{name}"] = value
-    return state
-
-
-@torch.no_grad()
-def load_training_state(adapter: S3DAdapter, optimizer: torch.optim.Optimizer, state: Mapping[str, Tensor]) -> int:
-    """Take over what `training_state` gave, and return its step.
-
-    Raises:
-        KeyError, RuntimeError: it is the state of another adapter.
-    """
-    for name, parameter in adapter.named_parameters():
-        parameter.copy_(state[f"adapter.{name}"])
-        if f"step.{name}" in state:  # before the first step there are no moments
-            optimizer.state[parameter] = {
-                "step": state[f"step.{name}"].clone(),  # AdamW wants it on the CPU
-                "exp_avg": state[f"exp_avg.{name}"].to(parameter.device, copy=True),
-                "exp_avg_sq": state[f"exp_avg_sq.{name}"].to(parameter.device, copy=True),
-            }
-    return int(state["step"])
 
 
 def hold_out(samples: Sequence[Sample], batch_size: int) -> tuple[list[Sample], HeldOut]:
