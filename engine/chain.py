@@ -40,10 +40,10 @@ class Prospect:
 
 
 class Link(NamedTuple):
-    """A drafted token, the step of its confidence, and the chance that it and all before it are accepted."""
+    """A drafted token, the level of its confidence, and the chance that it and all before it are accepted."""
 
     token: int
-    confidence: int
+    level: int
     reach: float
 
 
@@ -60,7 +60,7 @@ def draft_chain(
     hidden: Tensor,
     newest: Tensor,
     prospects: Sequence[Prospect],
-    trust: Tensor,
+    chances: Tensor,
     min_reach: float = 0.0,
 ) -> list[list[Link]]:
     """The draft of each sequence: G tokens, or fewer where none behind them can be reached often enough.
@@ -71,15 +71,15 @@ def draft_chain(
     Args:
         hidden: [B, G, hidden_size], the last hidden states of the draft rows, not normalised.
         newest: [B] int64, the token of each sequence's first row.
-        trust: [B, C] float32, how often each sequence's tokens are right by their confidence,
-            of which C steps from 0 to 1 are told apart.
-        min_reach: what follows the first token of a smaller reach is of no use.
+        chances: [B, C] float32, how often each sequence's tokens are right, by the level of
+            their confidence (see `level_of`).
+        min_reach: drafts are of use up to the first token of a smaller reach.
     """
     choose = Choice(prospects, hidden.shape[1], hidden.device)
     score = _scorer(model, adapter, hidden)
     prepared = adapter.head.prepare(hidden).unbind(1) if adapter.head else None
     token, state, reach = newest, None, hidden.new_ones(len(hidden), dtype=torch.float32)
-    steps = trust.shape[1]
+    levels = chances.shape[1]
     chain: list[tuple[Tensor, Tensor, Tensor]] = []
     for row, uncorrected in enumerate(hidden.unbind(1)):
         x = uncorrected
@@ -87,9 +87,9 @@ def draft_chain(
             state = adapter.head.step(prepared[row], model.embed(token), model.embedding_scale, state)
             x = adapter.head.correct(uncorrected, state)
         token, confidence = choose(row, score(row, x))
-        step = step_of(confidence, steps)
-        reach = reach * trust.gather(1, step[:, None]).squeeze(1)
-        chain.append((token, step, reach))
+        level = level_of(confidence, levels)
+        reach = reach * chances.gather(1, level[:, None]).squeeze(1)
+        chain.append((token, level, reach))
         # Elsewhere asking would make the device wait for the next launch.
         if min_reach and hidden.device.type == "cpu" and not bool((reach >= min_reach).any()):
             break
@@ -97,9 +97,9 @@ def draft_chain(
     return [[Link(*link) for link in zip(*draft, strict=True)] for draft in zip(*columns, strict=True)]
 
 
-def step_of(confidence: Tensor, steps: int) -> Tensor:
-    """Which of so many equal steps from 0 to 1 each confidence is in, int64 and in range even if it is not a number."""
-    return (confidence * steps).long().clamp_(0, steps - 1)
+def level_of(confidence: Tensor, levels: int) -> Tensor:
+    """Which of so many equal parts of [0, 1] each confidence is in: int64, in range even if it is not a number."""
+    return (confidence * levels).long().clamp_(0, levels - 1)
 
 
 def _scorer(model: CausalLM, adapter: S3DAdapter, hidden: Tensor) -> _WholeHead | _Candidates:

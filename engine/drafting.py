@@ -202,7 +202,7 @@ class Drafting:
             drafter.release(sequence)
 
     def forget(self) -> None:
-        """Forget what was learnt from the outputs of sequences that have ended, as if the engine had just begun."""
+        """Forget what was learnt of sequences that have ended, but for times: as if the engine had just begun."""
         for drafter in self.drafters.values():
             if isinstance(drafter, Keeper):
                 drafter.forget()

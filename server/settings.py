@@ -123,8 +123,8 @@ class Settings(BaseModel):
     )
     share_drafts: bool = Field(
         default=_ENGINE_DEFAULTS.share_drafts,
-        description="draft also from recent outputs of other requests; without, the speed of one client's request "
-        "tells nothing of another's text (see enable_prefix_caching, too)",
+        description="draft also from recent outputs of other requests; without, no draft tells a client anything of "
+        "another's text (see enable_prefix_caching, too)",
     )
     tuned_plan: str | None = Field(
         default=_ENGINE_DEFAULTS.tuned_plan,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skippy.engine.drafters.calibration import CONFIDENCES, DECAY, Calibration, ConfidenceCalibration, Guess
+from skippy.engine.drafters.calibration import DECAY, LEVELS, Calibration, ConfidenceCalibration, Guess
 from skippy.engine.sequence import Sequence
 from skippy.engine.types import Request, SamplingParams
 
@@ -75,10 +75,10 @@ def test_what_is_supposed_holds_until_guesses_outweigh_it() -> None:
 
 def test_a_confidence_is_taken_at_its_word_until_it_is_judged() -> None:
     calibration, sequence = ConfidenceCalibration(), sequence_of(1)
-    as_told = [(step + 0.5) / CONFIDENCES for step in range(CONFIDENCES)]
+    as_told = [(level + 0.5) / LEVELS for level in range(LEVELS)]
     assert calibration.chances(greedy=True) == calibration.chances(greedy=False) == pytest.approx(as_told)
     for _ in range(30):
-        calibration.note(sequence, [Guess(3, (True, 0)), Guess(3, (True, 9))])
+        calibration.note_levels(sequence, [(3, 0), (3, 9)], greedy=True)
         sequence.tokens += [3, 5]
         calibration.settle(sequence)
     greedy, sampled = calibration.chances(greedy=True), calibration.chances(greedy=False)

@@ -63,11 +63,11 @@ def prospect(params: SamplingParams, choice: int = 0) -> Prospect:
 
 
 def links(
-    model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect], trust: Tensor, reach: float = 0.0
+    model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect], chances: Tensor, reach: float = 0.0
 ) -> list[list[Link]]:
     newest = torch.tensor([OUTPUT[-1] + i for i in range(len(hidden))])
     with torch.inference_mode():
-        return draft_chain(model, adapter, hidden, newest, prospects, trust, reach)
+        return draft_chain(model, adapter, hidden, newest, prospects, chances, reach)
 
 
 def draft(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect]) -> list[list[int]]:
@@ -171,19 +171,19 @@ class TestHead:
 class TestReach:
     """How likely it is that a draft is accepted as far as each of its tokens."""
 
-    STEPS = 10
+    LEVELS = 10
 
-    def trust(self, count: int) -> Tensor:
+    def worth(self, count: int) -> Tensor:
         """Confidences are squared, and those of every second sequence are worth half of that."""
-        squares = ((torch.arange(self.STEPS) + 0.5) / self.STEPS) ** 2
+        squares = ((torch.arange(self.LEVELS) + 0.5) / self.LEVELS) ** 2
         return torch.stack([squares / (1 + i % 2) for i in range(count)])
 
     def test_confidence_is_the_share_of_the_token(self, model: CausalLM, folder: Path) -> None:
         hidden, one = hidden_rows(1, 6) * 20, prospect(MODES["greedy"])
         shares = model.logits(hidden[0]).softmax(-1).amax(-1)
-        (chain,) = links(model, without_head(folder), hidden, [one], self.trust(1))
-        assert [link.confidence for link in chain] == [min(int(share * self.STEPS), self.STEPS - 1) for share in shares]
-        assert len({link.confidence for link in chain}) > 1
+        (chain,) = links(model, without_head(folder), hidden, [one], self.worth(1))
+        assert [link.level for link in chain] == [min(int(share * self.LEVELS), self.LEVELS - 1) for share in shares]
+        assert len({link.level for link in chain}) > 1
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("make", [without_head, with_head])
@@ -192,9 +192,9 @@ class TestReach:
     ) -> None:
         hidden = hidden_rows(6, 8) * 20  # unlike random states, sure of some tokens
         prospects = [prospect(MODES[mode], choice) for choice in range(6)]
-        trust = self.trust(6)
-        for i, drafted in enumerate(links(model, make(folder), hidden, prospects, trust)):
-            chances = trust[i, [link.confidence for link in drafted]]
+        worth = self.worth(6)
+        for i, drafted in enumerate(links(model, make(folder), hidden, prospects, worth)):
+            chances = worth[i, [link.level for link in drafted]]
             torch.testing.assert_close(torch.tensor([link.reach for link in drafted]), chances.cumprod(0))
 
     @pytest.mark.parametrize("make", [without_head, with_head])
@@ -202,10 +202,10 @@ class TestReach:
         self, model: CausalLM, folder: Path, make: Any
     ) -> None:
         hidden, prospects = hidden_rows(6, 8) * 20, [prospect(MODES["greedy"], choice) for choice in range(6)]
-        whole = links(model, make(folder), hidden, prospects, self.trust(6))
+        whole = links(model, make(folder), hidden, prospects, self.worth(6))
         lengths = []
         for least in (1e-3, 0.1, 0.3, 0.9, 1.1):
-            chains = links(model, make(folder), hidden, prospects, self.trust(6), least)
+            chains = links(model, make(folder), hidden, prospects, self.worth(6), least)
             length = max(sum(link.reach >= least for link in chain) for chain in whole)
             assert chains == [chain[: length + 1] for chain in whole]
             lengths.append(length)
@@ -214,8 +214,8 @@ class TestReach:
 
     def test_nonsense_is_as_unsure_as_can_be(self, model: CausalLM, folder: Path) -> None:
         hidden = torch.full((1, 4, HIDDEN), float("nan"))
-        (chain,) = links(model, with_head(folder), hidden, [prospect(MODES["greedy"])], self.trust(1))
-        assert [link.confidence for link in chain] == [0] * 4
+        (chain,) = links(model, with_head(folder), hidden, [prospect(MODES["greedy"])], self.worth(1))
+        assert [link.level for link in chain] == [0] * 4
 
 
 class TestBatch:

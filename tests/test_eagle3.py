@@ -16,6 +16,7 @@ from support_exactness import Answers, assert_exact, reference_answers, requests
 from torch import Tensor
 
 from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
+from skippy.engine.drafters import eagle3
 from skippy.engine.drafters.eagle3 import MAX_DRAFT, Eagle3Drafter
 from skippy.engine.errors import AdapterError
 from skippy.engine.model import full_plan
@@ -214,13 +215,31 @@ def test_a_shared_prefix_is_drafted_from_as_well(base: Path, tmp_path: Path, rec
         assert draft == reference.draft(tokens, len(draft))
 
 
-def test_no_token_changes(base: Path, tmp_path: Path, answers: Answers) -> None:
+@pytest.mark.parametrize("min_reach", [0.0, 0.1])
+def test_no_token_changes(
+    base: Path, tmp_path: Path, answers: Answers, min_reach: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eagle3, "MIN_REACH", min_reach)
     head = write_head(tmp_path)
     small: dict[str, Any] = {"kv_cache_memory_bytes": 12 * 16 * 7 * 2 * 32 * 4, "enable_prefix_caching": False}
     for sizes in ({}, small):
         tallies = assert_exact(base, answers, ("eagle3", "hybrid"), adapter=str(head), **sizes)
         assert 0 < tallies["eagle3"].accepted < tallies["eagle3"].drafted
         assert 0 < tallies["hybrid"].accepted < tallies["hybrid"].drafted
+
+
+def test_who_is_wrong_drafts_less_and_less(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eagle3, "MIN_REACH", 0.1)
+    engine = engine_with(base, write_head(tmp_path))
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    request = Request("r", PROMPT, params, drafter="eagle3", num_speculative_tokens=4)
+    first, again = (run_dry(engine, [request])["r", 0][-1].counts.drafted for _ in range(2))
+    assert first > again
+    engine.drafting.forget()
+    assert run_dry(engine, [request])["r", 0][-1].counts.drafted == first
+    drafter = engine.drafting.drafters["eagle3"]
+    assert isinstance(drafter, Eagle3Drafter)
+    assert drafter._calibration._open == {}
 
 
 def test_drafters_of_every_kind_share_a_batch(base: Path, tmp_path: Path) -> None:

@@ -465,8 +465,7 @@ class TestDefaultDrafter:
         engine = Engine(EngineConfig(model=str(folder), device="cpu"))
         first = run_dry(engine, [request])["r", 0][-1].counts
         engine.drafting.forget()
-        again = run_dry(engine, [request])["r", 0][-1].counts
-        assert again.steps >= first.steps
+        assert run_dry(engine, [request])["r", 0][-1].counts == first
 
     def test_a_width_that_is_given_holds_for_every_drafter(self, folder: Path, adapter: str) -> None:
         engine = Engine(EngineConfig(model=str(folder), device="cpu", adapter=adapter, num_speculative_tokens=2))

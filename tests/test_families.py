@@ -126,6 +126,25 @@ def test_an_option_changes_the_logits(name: str, without: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Qwen2.5-7B", {"max_window_layers": 2}),
+        ("Qwen3-8B", {"max_window_layers": 1}),
+        ("SmolLM3-3B", {}),
+    ],
+)
+def test_windows_that_published_models_leave_off(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    tokens = text(4 * WINDOW)
+    write_family(tmp_path / "plain", tiny(name))
+    plain = computed(make_runner(tmp_path / "plain"), tokens, first=7)
+    windowed = {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": None, **settings}
+    theirs = write_family(tmp_path / "with", tiny(name, **windowed))
+    logits = computed(make_runner(tmp_path / "with"), tokens, first=7)
+    torch.testing.assert_close(logits, expected(theirs, tokens), rtol=0, atol=1e-4)
+    assert (logits - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
     ("name", "window"), [("Gemma-3-1B", 512), ("Gemma-3-4B", 1024), ("Phi-3-mini-4k", 2047), ("Mistral-7B-v0.1", 4096)]
 )
 def test_published_windows(name: str, window: int, tmp_path: Path) -> None:

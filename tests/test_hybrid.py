@@ -155,6 +155,12 @@ def test_who_asks_in_vain_has_paid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(told, "propose", lambda sequences, _limits: [[] for _ in sequences])
     assert hybrid.propose([sequence(*REPEATING)], [4])[0][:2] == [7, 8], "what was looked up is better than nothing"
     assert not hybrid.free
+    other.last_accepted = 0
+    for _ in range(100):
+        hybrid.propose([other], [4])
+    repeating = sequence(*REPEATING)
+    hybrid.propose([repeating], [4])
+    assert hybrid.free == {repeating}, "who always asks in vain is asked no more where something is found"
 
 
 def test_where_the_others_drafts_cost_no_more_none_is_free() -> None:

@@ -17,6 +17,7 @@ from skippy.engine.build import CPU_KV_BYTES, CUDA_RESERVE_BYTES, build
 from skippy.engine.linear import RowLinear
 from skippy.engine.model import CausalLM
 from skippy.engine.plan import CUDA_CONTEXT_BYTES, model_sizes, predict
+from skippy.engine.quant import Int8Product, NF4Product
 from skippy.engine.roofline import CARDS
 from skippy.engine.weights import open_checkpoint
 from skippy.server import cli
@@ -176,7 +177,9 @@ def loaded_bytes(model: CausalLM) -> int:
 
 
 def packed_bytes(linear: RowLinear) -> int:
-    """Of the matrix that a kernel keeps in its closure."""
+    """Of the matrix that a kernel keeps, mostly in its closure."""
+    if isinstance(linear._product, Int8Product | NF4Product):
+        return linear._product.weight.nbytes + linear._product.scale.nbytes
     held = [cell.cell_contents for cell in linear._product.__closure__ or ()]
     for value in held:
         if isinstance(value, torch.ScriptObject):
@@ -206,11 +209,12 @@ class TestBesideWhatIsLoaded:
     def _store_as(file: Path, dtype: torch.dtype) -> None:
         save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
 
+    @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_weights(self, model: str, dtype: str) -> None:
-        loading: dict[str, Any] = {"device": "cpu", "dtype": dtype, "drafter": "none"}
-        loaded = loaded_bytes(build(EngineConfig(model=model, **loading)).runner.model)
-        found = predicted(model, "cpu", dtype=dtype)["weight_bytes"]["total"]
+    def test_weights(self, model: str, dtype: str, quantization: str) -> None:
+        loading: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
+        loaded = loaded_bytes(build(EngineConfig(model=model, device="cpu", drafter="none", **loading)).runner.model)
+        found = predicted(model, "cpu", **loading)["weight_bytes"]["total"]
         assert found == pytest.approx(loaded, rel=0.1)
 
     @pytest.mark.parametrize("budget", [None, 8 * MIB, 64 * MIB])

@@ -341,6 +341,16 @@ class TestConfidence:
         assert (first[1], again[1]) == (0, 0)
         assert 15 > first[0] > 2 * again[0]
 
+    @pytest.mark.parametrize("drafter", ["s3d", "hybrid"])
+    def test_wherever_drafts_end_no_token_changes(
+        self, base: Path, tmp_path: Path, answers: Answers, drafter: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3d, "MIN_REACH", 0.1)
+        folder = write_adapter(base, tmp_path / "a")
+        modes = ("greedy", "everything")
+        tally = assert_exact(base, answers, (drafter,), modes, (6, 1, 3, 20), block_size=4, adapter=str(folder))
+        assert 0 < tally[drafter].accepted < tally[drafter].drafted
+
     def test_nothing_is_kept_of_who_has_ended(self, engine_with: Callable[..., Engine]) -> None:
         engine = engine_with()
         self.run(engine, "a")

@@ -73,5 +73,5 @@ class Keeper(Protocol):
         ...
 
     def forget(self) -> None:
-        """Forget what was learnt from the outputs of sequences that have ended."""
+        """Forget what was learnt of sequences that have ended."""
         ...

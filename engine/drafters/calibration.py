@@ -8,11 +8,11 @@ from typing import NamedTuple
 from skippy.engine.sequence import Sequence
 
 DECAY = 0.98
-"""What the last guess leaves of what was known before. A text changes its character within a few lines."""
+"""What a guess leaves of what was known before: some fifty count, for a text changes its character within lines."""
 
 
-CONFIDENCES = 10
-"""Steps of a drafter's own confidence, from 0 to 1, that are told apart."""
+LEVELS = 10
+"""Of a drafter's own confidence, from 0 to 1, that are told apart."""
 PRIOR_GUESSES = 4.0
 """What it weighs that a confidence is what it says."""
 
@@ -61,12 +61,16 @@ class Calibration:
 
 
 class ConfidenceCalibration(Calibration):
-    """Of guesses whose ground is a confidence: its step, and whether a token is to be sampled.
+    """Of guesses made by a drafter that tells how confident it is of each.
 
     The likeliest token is mostly the greedy choice, however small its share of the softmax, and
     loses against noise more often: so one confidence means two things.
     """
 
     def chances(self, *, greedy: bool) -> list[float]:
-        """By step of confidence, of guesses on the ground (greedy, step)."""
-        return [self.chance((greedy, i), (i + 0.5) / CONFIDENCES, PRIOR_GUESSES) for i in range(CONFIDENCES)]
+        """By level of confidence, how likely a guess is right if those before it are."""
+        return [self.chance((greedy, level), (level + 0.5) / LEVELS, PRIOR_GUESSES) for level in range(LEVELS)]
+
+    def note_levels(self, sequence: Sequence, guesses: Iterable[tuple[int, int]], *, greedy: bool) -> None:
+        """As `note`, of tokens and their levels."""
+        self.note(sequence, (Guess(token, (greedy, level)) for token, level in guesses))

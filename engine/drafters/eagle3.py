@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skippy.engine.chain import Choice, Prospect, Scored, step_of
+from skippy.engine.chain import Choice, Prospect, Scored, level_of
 from skippy.engine.drafters.base import Followed
-from skippy.engine.drafters.calibration import CONFIDENCES, ConfidenceCalibration, Guess
+from skippy.engine.drafters.calibration import LEVELS, ConfidenceCalibration
 from skippy.engine.eagle import EagleHead
 from skippy.engine.model import CausalLM
 from skippy.engine.runner import Rows, Runner
@@ -47,19 +47,20 @@ class _Draft:
     """A draft that grows.
 
     Args:
-        chances: that a token of each step of confidence is right.
+        chances: that a token of each level of confidence is right.
     """
 
     greedy: bool
     chances: SequenceOf[float]
     tokens: list[int] = field(default_factory=list)
-    guesses: list[Guess] = field(default_factory=list)
+    guesses: list[tuple[int, int]] = field(default_factory=list)
+    """With their levels: the tokens, and what was not worth to be one."""
     reach: float = 1.0
 
-    def extend(self, token: int, step: int) -> None:
+    def extend(self, token: int, level: int) -> None:
         """By a token, if it will be reached often enough."""
-        self.guesses.append(Guess(token, (self.greedy, step)))
-        self.reach *= self.chances[step]
+        self.guesses.append((token, level))
+        self.reach *= self.chances[level]
         if self.reach >= MIN_REACH:
             self.tokens.append(token)
 
@@ -126,9 +127,9 @@ class Eagle3Drafter:
         for depth in range(most):
             logits, ids = self._head.logits(hidden)
             token, share = choose(depth, Scored(logits, ids.expand_as(logits)))
-            tokens, steps = token.tolist(), step_of(share, CONFIDENCES).tolist()
+            tokens, levels = token.tolist(), level_of(share, LEVELS).tolist()
             for place in going:
-                drafts[place].extend(tokens[place], steps[place])
+                drafts[place].extend(tokens[place], levels[place])
             going = [i for i in going if len(drafts[i].tokens) == depth + 1 < drafting[i][1]]
             if not going:
                 break
@@ -138,7 +139,7 @@ class Eagle3Drafter:
             ]
             hidden[going] = self._compute(inputs)
         for (sequence, _), draft in zip(drafting, drafts, strict=True):
-            self._calibration.note(sequence, draft.guesses)
+            self._calibration.note_levels(sequence, draft.guesses, greedy=draft.greedy)
         return [draft.tokens for draft in drafts]
 
     def _begin(self, sequence: Sequence) -> _Draft:

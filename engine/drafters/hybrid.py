@@ -43,11 +43,11 @@ class HybridDrafter:
         self._paid_width = 0
         self.free: Set[Sequence] = frozenset()
         self._asked: set[Sequence] = set()
-        """Sequences whose last draft was the other's."""
+        """Sequences for which the other drafted in the last step, whatever came of it."""
         self._draft_seconds = 0.0
         """Of the other's last drafts."""
         self._accepted = 0.0
-        """Of the other's drafts, on average."""
+        """In steps in which the other drafted, on average."""
 
     @property
     def parts(self) -> tuple[Drafter, ...]:
@@ -61,6 +61,7 @@ class HybridDrafter:
                 drafter.release(sequence)
 
     def forget(self) -> None:
+        self._accepted = 0.0
         for drafter in self.parts:
             if isinstance(drafter, Keeper):
                 drafter.forget()
@@ -84,14 +85,12 @@ class HybridDrafter:
         began = time.perf_counter()
         others = self._other.propose([sequences[i] for i in left], granted)
         self._draft_seconds = time.perf_counter() - began
+        self._asked = {sequences[place] for place, limit in zip(left, granted, strict=True) if limit}
         for place, draft in zip(left, others, strict=True):
             if draft:
                 drafts[place] = draft
-                self._asked.add(sequences[place])
         if self.free_width:
-            # Who asked in vain has paid as well.
-            paid = {sequences[i] for i, limit in zip(left, granted, strict=True) if limit}
-            self.free = {s for s, draft in zip(sequences, drafts, strict=True) if draft and s not in paid}
+            self.free = {s for s, draft in zip(sequences, drafts, strict=True) if draft and s not in self._asked}
         return drafts
 
     def _suffices(self, lookup: Lookup) -> bool:
@@ -105,4 +104,3 @@ class HybridDrafter:
         for sequence in sequences:
             if sequence in self._asked:
                 self._accepted += (1.0 - DECAY) * (sequence.last_accepted - self._accepted)
-                self._asked.discard(sequence)

@@ -85,7 +85,7 @@ class RecyclingDrafter:
         self._calibration.settle(sequence)
 
     def forget(self) -> None:
-        """Forget all candidates."""
+        self._calibration = Calibration()
         self.table.clear()
 
     def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:

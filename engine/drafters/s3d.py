@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.chain import Prospect, draft_chain
 from skippy.engine.drafters.base import Followed
-from skippy.engine.drafters.calibration import ConfidenceCalibration, Guess
+from skippy.engine.drafters.calibration import ConfidenceCalibration
 from skippy.engine.model import skipping_plan
 from skippy.engine.runner import Rows, Runner
 from skippy.engine.sampling import SamplingState
@@ -33,7 +33,8 @@ from skippy.engine.sequence import Sequence
 from skippy.engine.tensors import to_device
 
 MIN_REACH = 0.05
-"""A token must be accepted so often to be worth verifying."""
+"""A token must be accepted so often to be worth verifying: less than a row costs on a small processor, for on a larger
+one rows are free (RESULTS.md)."""
 
 
 class _S3D:
@@ -75,7 +76,7 @@ class _S3D:
         drafts = []
         for sequence, kind, chain, rows in zip(sequences, greedy, chains, hidden, strict=True):
             links = chain[: len(rows)]
-            self._calibration.note(sequence, [Guess(link.token, (kind, link.confidence)) for link in links])
+            self._calibration.note_levels(sequence, ((link.token, link.level) for link in links), greedy=kind)
             drafts.append([link.token for link in takewhile(lambda link: link.reach >= MIN_REACH, links)])
         return drafts
 

@@ -174,7 +174,7 @@ class SuffixDrafter:
             self._shared.add(sequence.tokens[sequence.prompt_len :])
 
     def forget(self) -> None:
-        """Forget all finished outputs."""
+        self._calibration = Calibration()
         if self._shared is not None:
             self._shared.clear()
 
