@@ -208,6 +208,10 @@ def run_tune(config: EngineConfig, options: TuneOptions) -> int:
     check_writable(path)
     texts = PROMPTS[: options.limit] if options.prompts is None else read_prompts(options.prompts, options.limit)
     prompts = encode_prompts(engine, texts, options.max_tokens, options.prompts or "the built-in list")
+    shape = _adapter(engine).config
+    # Another band is another training.
+    layers = checkpoint.config.num_hidden_layers
+    tell(f"{drafter}: the adapter's band of skipped layers is [{shape.skip_start}, {shape.skip_end}) of {layers}")
     tell(f"{len(prompts)} prompts, {options.max_tokens} tokens each, temperature {options.temperature}")
     tell("  ".join(title.rjust(width) for title, width, _, _ in COLUMNS))
     seen, measured = _measure(engine, prompts, drafter, options)
