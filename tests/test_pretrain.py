@@ -25,12 +25,12 @@ from transformers import LlamaForCausalLM
 from skippy.engine import BUILTIN_MODEL, ConfigError, Engine, EngineConfig
 from skippy.engine.hub import find_model
 from skippy.engine.reference import reference_logits
-from skippy.engine.training import pretrain, pretrainer
+from skippy.engine.training import pretrain, pretrainer, repetition
 from skippy.engine.training.causal_attention import ROWS, causal_attention
 from skippy.engine.training.grow import grow, layer_origins, new_model
 from skippy.engine.training.pretrain import main
 from skippy.engine.training.pretrainer import Pretrainer, PretrainOptions, learning_rate_share
-from skippy.engine.training.repetition import continued, repeated, unlikelihood
+from skippy.engine.training.repetition import continued, ended_early, repeated, unlikelihood
 from skippy.engine.training.spans import FimTokens, Spans, held_out_spans
 from skippy.engine.weights import load_model, open_checkpoint
 
@@ -233,6 +233,12 @@ class TestRepetition:
     def test_nothing_counts_from_the_end_of_a_text_on(self) -> None:
         tokens = torch.tensor([[1, 2, 1, 2, 0, 1, 2], [1, 2, 3, 1, 2, 1, 2]])
         assert repeated(tokens, 2, 0).int().tolist() == [[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 1]]
+
+    def test_only_the_first_end_can_be_early(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(repetition, "SHORTEST", 3)
+        tokens = torch.tensor([[5, 0, 0, 7], [0, 5, 7, 0], [5, 5, 5, 0]])
+        assert ended_early(tokens, 0).int().tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+        assert not ended_early(tokens, None).any()
 
     def test_a_continuation_is_the_greedy_one(self) -> None:
         model = trainer().model

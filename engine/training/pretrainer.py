@@ -22,6 +22,7 @@ from skippy.engine.training.repetition import (
     SEQUENCES,
     SHORTEST_OPENING,
     continued,
+    ended_early,
     repeated,
     unlikelihood,
 )
@@ -146,8 +147,8 @@ class Pretrainer:
         length = random.Random(self.step).randint(SHORTEST_OPENING, LONGEST_OPENING)
         openings = self._spans.openings(KIND, self.step, SEQUENCES, length)
         tokens = continued(self.model, openings.to(self.model.device), CONTINUED)
-        unwanted = repeated(tokens[:, -CONTINUED:], RUN, self.model.config.eos_token_id)
-        return unlikelihood(self.model, tokens, unwanted)
+        written, end = tokens[:, -CONTINUED:], self.model.config.eos_token_id
+        return unlikelihood(self.model, tokens, repeated(written, RUN, end) | ended_early(written, end))
 
     @torch.no_grad()
     def bits_per_byte(self, spans: Tensor, token_bytes: Tensor) -> float:

@@ -2,7 +2,8 @@
 
 Greedy text of a small model falls into loops, which likelihood alone hardly punishes. Sequence-level unlikelihood
 training (Welleck et al., arXiv 1908.04319) lets the model go on by itself and makes every token less likely that ends
-a run of tokens that was there before.
+a run of tokens that was there before. Not to go on at all would be the surest way not to repeat anything, so an early
+end is as unwanted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ SEQUENCES = 16
 SHORTEST_OPENING, LONGEST_OPENING = 8, 48
 CONTINUED = 112
 """Tokens that the model writes after an opening."""
+SHORTEST = 32
+"""Of these it must write before it ends."""
 SUREST = 1.0 - 1e-4
 """Chances above it have no useful gradient in float32."""
 
@@ -56,6 +59,13 @@ def repeated(tokens: Tensor, gram: int, end: int | None) -> Tensor:
     equal = (runs[:, :, None] == runs[:, None]).all(-1).tril(-1)
     found = F.pad(equal.any(-1), (gram - 1, 0))
     return found if end is None else found & ((tokens == end).cumsum(1) == 0)
+
+
+def ended_early(tokens: Tensor, end: int | None) -> Tensor:
+    """Where sequences end before they have SHORTEST tokens. int64 [B, N] to bool [B, N]."""
+    ends = tokens == (-1 if end is None else end)
+    ends[:, SHORTEST:] = False
+    return ends & (ends.cumsum(1) == 1)
 
 
 def unlikelihood(model: LlamaForCausalLM, tokens: Tensor, unwanted: Tensor) -> Tensor:
