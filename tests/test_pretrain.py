@@ -367,6 +367,26 @@ class TestCommand:
         torch.testing.assert_close(reference_logits(loaded, TEXT), expected, rtol=0, atol=1e-4)
         assert Engine(EngineConfig(model=str(folder), device="cpu")).info.vocab_size == 8192
 
+    def test_it_exports_the_mean_of_two_models(
+        self, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folders = [tmp_path / name for name in ("early", "late", "mean")]
+        steps = "--steps", "3", "--decay", "0"
+        assert self.run(base, tmp_path / "out", "--steps", "1", "--decay", "0", "--export", str(folders[0])) == 0
+        assert self.run(base, tmp_path / "out", *steps) == 0
+        assert self.run(base, tmp_path / "out", *steps, "--export", str(folders[1])) == 0
+        averaged = ("--export", str(folders[2]), "--average", str(folders[0]))
+        assert self.run(base, tmp_path / "out", *steps, *averaged) == 0
+        early, late, mean = (load_file(folder / "model.safetensors") for folder in folders)
+        for name, weight in mean.items():
+            expected = (early[name].float() + late[name].float()) / 2
+            torch.testing.assert_close(weight.float(), expected, rtol=1e-2, atol=1e-5)
+        assert any(not torch.equal(early[name], late[name]) for name in early)
+        assert self.run(base, tmp_path / "out", *steps, "--export", str(folders[2]), "--average", str(base)) == 2
+        assert "has no model.layers" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            self.run(base, tmp_path / "out", *steps, "--average", str(folders[0]))
+
     def test_another_recipe_needs_another_folder(
         self, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

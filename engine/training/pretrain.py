@@ -42,7 +42,7 @@ from skippy.engine.training.files import (
     read_progress,
     save_tensors,
 )
-from skippy.engine.training.grow import export, grow, new_model
+from skippy.engine.training.grow import average, export, grow, new_model
 from skippy.engine.training.pretrainer import Pretrainer, PretrainOptions
 from skippy.engine.training.spans import FimTokens, Spans, held_out_spans
 from skippy.engine.weights import open_checkpoint
@@ -126,12 +126,19 @@ class _Run:
 
 
 def run_pretraining(
-    source: str, output: Path, sources: Sources, options: PretrainOptions, device: torch.device, export_to: Path | None
+    source: str,
+    output: Path,
+    sources: Sources,
+    options: PretrainOptions,
+    device: torch.device,
+    export_to: Path | None = None,
+    average_with: Path | None = None,
 ) -> None:
     """Train into the folder `output`, or go on with it; then, or with `export_to` at once, write the model.
 
     Args:
         source: model folder whose shape, tokenizer and, unless from scratch, weights it begins with.
+        average_with: what is written to `export_to` is the mean of the model and the one in this folder.
 
     Raises:
         ConfigError, CheckpointError: the options do not suit the model, the text or what the folder holds.
@@ -174,6 +181,8 @@ def run_pretraining(
         sizes = ", ".join(f"{len(stream)} of {kind}" for kind, stream in streams.items())
         display.keep(f"{parameters} parameters, {sizes} tokens, from step {run.trainer.step} to {options.steps}")
         run.to_the_end()
+    if average_with is not None:
+        average(model, average_with)
     export(export_to or output / "model", checkpoint.path, config, model)
     display.keep(f"the model of step {run.trainer.step} is in {export_to or output / 'model'}")
 
@@ -248,7 +257,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--num-threads", type=int, help="of the CPU")
     add("--export", metavar="DIR", help="write the model of the latest checkpoint there, and train no further")
-    return parser.parse_args(arguments)
+    add("--average", metavar="MODEL", help="export the mean of the weights and those of the model in this folder")
+    parsed = parser.parse_args(arguments)
+    if parsed.average is not None and parsed.export is None:
+        parser.error("--average needs --export")
+    return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options,
             choose_device(EngineConfig(device=parsed.device)),
             None if parsed.export is None else Path(parsed.export),
+            None if parsed.average is None else Path(parsed.average),
         )
     except (SkippyError, OSError, SafetensorError) as error:
         sys.stderr.write(f"error: {error}\n")
