@@ -242,7 +242,7 @@ class TestSpeed:
     def test_training_says_whether_it_fits(self, eight_b: str) -> None:
         assert not predicted(eight_b, "t4")["training"]["fits"]
         assert predicted(eight_b, quantization="nf4")["training"]["fits"]
-        assert predicted("builtin")["training"]["adapter_parameters"] == 805_760
+        assert predicted("builtin")["training"]["adapter_parameters"] == 930_688
 
 
 class TestWhereConfigsComeFrom:
@@ -271,7 +271,7 @@ class TestCommand:
     def test_every_line_of_a_prediction_says_so(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["plan", "--gpu", "l4", "--quantization", "int8"]) == 0
         told = capsys.readouterr().out.splitlines()
-        assert told[0].startswith("builtin: 9,475,328 parameters")
+        assert told[0].startswith("builtin: 12,426,496 parameters")
         assert told[1].startswith(f"{CARDS['l4'].name}: 24.00 GB, 300 GB/s")
         assert len(told) > 6
         assert all(line.startswith("predicted  ") for line in told[2:])
