@@ -67,7 +67,7 @@ def capture(monkeypatch: pytest.MonkeyPatch, command: str) -> list[cli.Invocatio
         ("train /no/such/folder -o x", "no model folder '/no/such/folder'"),
         ("train -o x --data /no/such/file", "cannot read /no/such/file"),
         ("train -o x --exclude /no/such/file", "cannot read /no/such/file"),
-        ("train -o x --skip-start 0 --skip-end 10", r"skip band \[0, 10\) leaves no layer"),
+        ("train -o x --skip-start 0 --skip-end 14", r"skip band \[0, 14\) leaves no layer"),
         ("train -o x --length 3000", "length 3000 exceeds the 2048 positions"),
         ("train -o x --sequences 8", "8 sequences are too few"),
         ("train -o x --dtype float16", "float16 has too small a range"),
