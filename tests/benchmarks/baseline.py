@@ -71,7 +71,7 @@ class BareLoop:
             Segment(s - position, min(end, (s // size + 1) * size) - s, s, self._table[: s // size + 1]) for s in starts
         ]
         batch = TokenBatch(ids, positions, slots, segments, torch.tensor([len(tokens) - 1], device=device))
-        hidden = self._model(batch, self._plan, self._attention.begin(segments, slots))
+        hidden, _ = self._model(batch, self._plan, self._attention.begin(segments, slots))
         return int(self._model.logits(hidden[batch.logit_rows]).argmax())
 
 
