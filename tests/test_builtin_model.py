@@ -15,6 +15,7 @@ from skippy.engine.hub import find_model
 from skippy.engine.weights import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))
+from baseline import BareLoop
 from stories import STORIES
 
 FOLDER = find_model(BUILTIN_MODEL)
@@ -44,3 +45,10 @@ def test_its_stories_go_on_and_do_not_loop() -> None:
     written = decode(engine, prompts, "none", len(prompts), params).outputs
     assert sum(distinct_grams(tokens) >= LOOPING_BELOW for tokens in written) >= 18
     assert sum(len(tokens) >= 32 for tokens in written) >= 18
+
+
+def test_the_bare_loop_that_the_engine_is_timed_against_says_the_same() -> None:
+    engine = Engine(EngineConfig(drafter="none", device="cpu"))
+    prompt = tuple(Tokenizer.load(engine.info.model_path).encode(STORIES[0]))
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    assert decode(engine, [prompt], "none", 1, params).outputs == [BareLoop(engine).generate(prompt, 12)]
