@@ -9,8 +9,6 @@ from skippy.engine.sequence import Sequence
 
 DECAY = 0.98
 """What a guess leaves of what was known before: some fifty count, for a text changes its character within lines."""
-
-
 LEVELS = 10
 """Of a drafter's own confidence, from 0 to 1, that are told apart."""
 PRIOR_GUESSES = 4.0

@@ -29,7 +29,7 @@ from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
 
 MIN_REACH = 0.05
-"""As of S3D: a token must be accepted so often to be worth verifying."""
+"""As of S3D, and not measured for a head: a token must be accepted so often to be worth verifying."""
 MAX_DRAFT = 8
 
 
