@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.linear import RowLinear
-from skippy.engine.model import CausalLM, ModelConfig
+from skippy.engine.model import CausalLM
+from skippy.engine.shape import ModelConfig
 
 DEFAULT_WIDTH = 6
 """Tokens that an adapter drafts at most, if nobody says."""

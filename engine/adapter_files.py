@@ -24,7 +24,7 @@ from skippy.engine.adapter import AdapterConfig, S3DAdapter
 from skippy.engine.errors import AdapterError
 from skippy.engine.hub import find_trained
 from skippy.engine.loading import weight_files
-from skippy.engine.model import ModelConfig
+from skippy.engine.shape import ModelConfig
 from skippy.engine.weights import Checkpoint
 
 FORMAT_VERSION = 1

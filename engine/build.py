@@ -22,9 +22,10 @@ from skippy.engine.kv import KVPool
 from skippy.engine.linear import Tiling
 from skippy.engine.loading import Report
 from skippy.engine.memory import available_bytes, return_freed
-from skippy.engine.model import CausalLM, ModelConfig
+from skippy.engine.model import CausalLM
 from skippy.engine.quant import pack_as
 from skippy.engine.runner import Runner
+from skippy.engine.shape import ModelConfig
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
 
 CPU_KV_BYTES = 256 * 2**20

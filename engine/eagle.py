@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from skippy.engine.attention import PassAttention
 from skippy.engine.errors import AdapterError
 from skippy.engine.families import parameters, parse_config
-from skippy.engine.model import ModelConfig, RMSNorm, rope_tables
+from skippy.engine.model import RMSNorm
+from skippy.engine.rope import rope_tables
+from skippy.engine.shape import ModelConfig
 from skippy.engine.weights import Checkpoint
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"

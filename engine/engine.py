@@ -23,11 +23,11 @@ from skippy.engine.drafters.base import Drafter
 from skippy.engine.drafting import Drafting
 from skippy.engine.errors import ConfigError, EngineDead, InvalidRequest
 from skippy.engine.loading import Report
-from skippy.engine.model import full_plan
 from skippy.engine.runner import Computed, Rows
 from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
 from skippy.engine.scheduler import Schedule, Scheduler, Work
 from skippy.engine.sequence import Sequence
+from skippy.engine.shape import full_plan
 from skippy.engine.stats import Clock, count_pass, count_verdict
 from skippy.engine.tuned import load_priors
 from skippy.engine.types import (

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skippy.engine.model import ModelConfig
+from skippy.engine.shape import ModelConfig
 
 Raw = Mapping[str, Any]
 """config.json, as transformers 4 or 5 writes it."""

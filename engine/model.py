@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,86 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from skippy.engine.attention import PassAttention
 from skippy.engine.linear import Pack, RowLinear, Tiling, common_tiling
+from skippy.engine.rope import rope_tables
+from skippy.engine.shape import ModelConfig, Plan
 from skippy.engine.tensors import TokenBatch
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The shape of a decoder, in Hugging Face's terms where it has any. The defaults are Llama's."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    rope_parameters: Mapping[str, Any] = field(default_factory=dict)
-    """rope_type, rope_theta and what the type needs; see `rope_tables`."""
-    local_rope_parameters: Mapping[str, Any] | None = None
-    """Of the layers with a window, where theirs differ."""
-    nope_layers: frozenset[int] = frozenset()
-    """Without a rotary embedding."""
-    sliding_window: int | None = None
-    """How many tokens a row of `sliding_layers` sees, its own included."""
-    sliding_layers: frozenset[int] = frozenset()
-    attention_bias: bool = False
-    """Of queries, keys and values."""
-    attention_out_bias: bool = False
-    mlp_bias: bool = False
-    activation: str = "silu"
-    """A name in ACTIVATIONS."""
-    norm_names: tuple[str | None, str | None, str | None, str | None] = (
-        "input_layernorm",
-        None,
-        "post_attention_layernorm",
-        None,
-    )
-    """What the norms before and behind attention, before and behind the MLP are called, if there are any."""
-    norm_offset: float = 0.0
-    """What a checkpoint leaves out of the weights of its norms."""
-    qk_norm: str | None = None
-    """Queries and keys are normalised: each "head" by itself, or "all" at once."""
-    query_scale: float | None = None
-    """Of the attention's scores; None for 1 / sqrt(head_dim)."""
-    attention_softcap: float | None = None
-    logit_softcap: float | None = None
-    embedding_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    """Of what attention and MLP add."""
-    logit_scale: float = 1.0
-
-    @property
-    def attention_scale(self) -> float:
-        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
-
-    @property
-    def rotary_dim(self) -> int:
-        """How many elements of a head are turned."""
-        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """How many tokens a row sees, by layer; None for all."""
-        layers = range(self.num_hidden_layers)
-        return tuple(self.sliding_window if layer in self.sliding_layers else None for layer in layers)
-
-
-Plan = tuple[int, ...]
-"""The layers that a pass runs through."""
-
-
-def full_plan(config: ModelConfig) -> Plan:
-    """Every layer: what the verifier runs."""
-    return tuple(range(config.num_hidden_layers))
-
-
-def skipping_plan(config: ModelConfig, start: int, end: int) -> Plan:
-    """The layers outside the skip band [start, end) (arXiv 2405.20314, section 3)."""
-    return tuple(layer for layer in full_plan(config) if not start <= layer < end)
 
 
 class Adapter(Protocol):
@@ -130,49 +53,6 @@ class Adapter(Protocol):
         part is "qkv", "o", "gate_up" or "down"; linear computes it as the verifier has it.
         """
         ...
-
-
-def rope_tables(
-    config: ModelConfig, rope: Mapping[str, Any], max_len: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and signed sin of a rotary embedding (arXiv 2104.09864), [max_len, 1, head_dim].
-
-    In the half-split layout element i is rotated with i + head_dim / 2; the sign of the
-    rotation is folded into sin, so that rotating is x * cos + roll(x) * sin. The elements that
-    a partial embedding leaves alone stand last in both halves, and are turned by nothing.
-    """
-    inverse, scale = _inverse_frequencies(config, rope, max_len)
-    angles = torch.outer(torch.arange(max_len, dtype=torch.float32), inverse)
-    idle = config.head_dim // 2 - len(inverse)
-    cos, sin = F.pad(angles.cos() * scale, (0, idle), value=1.0), F.pad(angles.sin() * scale, (0, idle))
-    return torch.cat((cos, cos), -1)[:, None].to(device, dtype), torch.cat((-sin, sin), -1)[:, None].to(device, dtype)
-
-
-def _inverse_frequencies(config: ModelConfig, rope: Mapping[str, Any], max_len: int) -> tuple[Tensor, float]:
-    """[rotary_dim / 2] float32 and the factor that scales cos and sin.
-
-    Scalings that depend on the length of a text are fixed by `max_len`, so that no key that is
-    cached is ever out of date: longrope takes its long factors if a text may exceed the original
-    length. "dynamic" scales beyond max_position_embeddings only, so here it does nothing.
-    """
-    kind = rope.get("rope_type", "default")
-    if kind in ("default", "dynamic"):
-        theta, dim = float(rope.get("rope_theta", 10000.0)), config.rotary_dim
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
-        return 1.0 / theta**exponents, 1.0
-    # Scaled kinds take their formulas from transformers, which is slow to import.
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    reference = LlamaConfig(
-        hidden_size=config.num_attention_heads * config.head_dim,
-        num_attention_heads=config.num_attention_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(rope),
-    )
-    inverse, scale = ROPE_INIT_FUNCTIONS[kind](reference, torch.device("cpu"), seq_len=max_len)
-    return inverse.float(), float(scale)
 
 
 class _Fused:

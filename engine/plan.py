@@ -19,7 +19,7 @@ from skippy.engine.build import CUDA_RESERVE_BYTES, cpu_cache_bytes, gpu_dtype, 
 from skippy.engine.config import EngineConfig
 from skippy.engine.errors import ConfigError
 from skippy.engine.hub import find_model
-from skippy.engine.model import CausalLM, ModelConfig
+from skippy.engine.model import CausalLM
 from skippy.engine.roofline import (
     CARDS,
     Card,
@@ -31,6 +31,7 @@ from skippy.engine.roofline import (
     loaded_weights,
     tokens_per_step,
 )
+from skippy.engine.shape import ModelConfig
 from skippy.engine.training.display import duration
 from skippy.engine.training.estimate import BYTES_PER_WEIGHT, Precision, Processor, estimate
 from skippy.engine.training.options import TrainOptions

@@ -13,8 +13,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from skippy.engine.model import CausalLM, ModelConfig, full_plan
+from skippy.engine.model import CausalLM
 from skippy.engine.sampling import SamplingState, exponential, fold, noise_bits
+from skippy.engine.shape import ModelConfig, full_plan
 from skippy.engine.tensors import TokenBatch
 from skippy.engine.types import SamplingParams
 

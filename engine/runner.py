@@ -13,7 +13,8 @@ from torch import Tensor
 from skippy.engine.attention import PassAttention, SDPAAttention
 from skippy.engine.kv import KVPool
 from skippy.engine.linear import Tiling
-from skippy.engine.model import Adapter, CausalLM, Plan
+from skippy.engine.model import Adapter, CausalLM
+from skippy.engine.shape import Plan
 from skippy.engine.tensors import RiderSegment, Segment, TokenBatch, to_device
 
 

@@ -17,7 +17,8 @@ from skippy.engine.errors import CheckpointError
 from skippy.engine.families import FAMILIES, architecture, parameter_names, parameters, parse_config, text_config
 from skippy.engine.hub import download, find_model, local_folder
 from skippy.engine.loading import Report, stream, weight_files, weight_names
-from skippy.engine.model import CausalLM, ModelConfig
+from skippy.engine.model import CausalLM
+from skippy.engine.shape import ModelConfig
 
 UNUSABLE = (ArithmeticError, KeyError, TypeError, ValueError)
 """What reading a configuration of no use raises."""

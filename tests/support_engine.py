@@ -16,10 +16,11 @@ from skippy.engine import Engine, Request, SequenceOutput, StepStats
 from skippy.engine.adapter import AdapterConfig, S3DAdapter
 from skippy.engine.adapter_files import BESIDE_MODEL, save_adapter
 from skippy.engine.families import parse_config
-from skippy.engine.model import CausalLM, full_plan
+from skippy.engine.model import CausalLM
 from skippy.engine.runner import Rows
 from skippy.engine.sampling import RowGroup, choose
 from skippy.engine.sequence import Sequence
+from skippy.engine.shape import full_plan
 from skippy.engine.weights import open_checkpoint
 
 TINY_CONFIG: dict[str, Any] = {

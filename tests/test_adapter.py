@@ -24,7 +24,8 @@ from skippy.engine.adapter import (
     part_sizes,
 )
 from skippy.engine.families import parse_config
-from skippy.engine.model import CausalLM, ModelConfig
+from skippy.engine.model import CausalLM
+from skippy.engine.shape import ModelConfig
 from skippy.engine.weights import load_model, open_checkpoint
 
 BASE = parse_config(TINY_CONFIG)

@@ -19,8 +19,8 @@ from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingPa
 from skippy.engine.drafters import eagle3
 from skippy.engine.drafters.eagle3 import MAX_DRAFT, Eagle3Drafter
 from skippy.engine.errors import AdapterError
-from skippy.engine.model import full_plan
 from skippy.engine.reference import _DenseAttention
+from skippy.engine.shape import full_plan
 from skippy.engine.tensors import TokenBatch
 from skippy.engine.weights import load_model, open_checkpoint
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from skippy.engine.adapter import AdapterConfig, S3DAdapter
-from skippy.engine.model import CausalLM, ModelConfig
+from skippy.engine.model import CausalLM
+from skippy.engine.shape import ModelConfig
 from skippy.engine.training.data import Sample
 from skippy.engine.training.estimate import (
     BFLOAT16,

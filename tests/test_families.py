@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from skippy.engine import CheckpointError, Engine, EngineConfig, Request, SamplingParams
 from skippy.engine.build import build
 from skippy.engine.families import FAMILIES, parse_config
-from skippy.engine.model import full_plan, skipping_plan
 from skippy.engine.reference import reference_logits
 from skippy.engine.runner import Rows, Runner
+from skippy.engine.shape import full_plan, skipping_plan
 from skippy.engine.training.passes import draft_rows, teach
 from skippy.engine.weights import UNUSABLE, load_model, open_checkpoint
 

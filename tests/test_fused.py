@@ -33,9 +33,9 @@ from skippy.engine.config import Dtype
 from skippy.engine.controller import Controller
 from skippy.engine.drafters.s3d import S3DFusedDrafter
 from skippy.engine.errors import AdapterError
-from skippy.engine.model import full_plan
 from skippy.engine.runner import Rows, Runner
 from skippy.engine.sequence import Sequence as ScheduledSequence
+from skippy.engine.shape import full_plan
 from skippy.engine.training.passes import draft_rows, teach
 from skippy.engine.weights import load_model, open_checkpoint
 

@@ -34,6 +34,7 @@ WITHOUT_TORCH = (
     "roofline",
     "scheduler",
     "sequence",
+    "shape",
     "tokenizer",
     "types",
 )

@@ -14,10 +14,9 @@ from transformers import LlamaForCausalLM
 
 from skippy.engine import EngineConfig
 from skippy.engine.build import build
-from skippy.engine.families import parse_config
-from skippy.engine.model import full_plan, rope_tables, skipping_plan
 from skippy.engine.reference import reference_logits
 from skippy.engine.runner import Rows
+from skippy.engine.shape import full_plan
 from skippy.engine.tensors import TokenBatch
 from skippy.engine.weights import load_model, open_checkpoint
 
@@ -136,19 +135,6 @@ class TestPaddedVocabulary:
         assert model.lm_head.weight.numel() == 0
 
 
-class TestPlans:
-    CONFIG = parse_config({**TINY_CONFIG, "num_hidden_layers": 6})
-
-    def test_the_verifier_runs_every_layer_in_order(self) -> None:
-        assert list(full_plan(self.CONFIG)) == [0, 1, 2, 3, 4, 5]
-
-    @pytest.mark.parametrize(
-        ("start", "end", "kept"), [(2, 4, [0, 1, 4, 5]), (0, 5, [5]), (1, 1, [0, 1, 2, 3, 4, 5]), (3, 6, [0, 1, 2])]
-    )
-    def test_a_skip_band_leaves_out_its_layers(self, start: int, end: int, kept: list[int]) -> None:
-        assert list(skipping_plan(self.CONFIG, start, end)) == kept
-
-
 class TestModule:
     def test_parameters_have_the_names_of_the_checkpoint(self, tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path)
@@ -173,11 +159,3 @@ class TestModule:
             name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
         ]
         assert not idle, "every parameter learns"
-
-    def test_rotary_tables_turn_nothing_at_position_nought(self) -> None:
-        config = parse_config(TINY_CONFIG)
-        cos, sin = rope_tables(config, config.rope_parameters, 16, torch.float32, CPU)
-        assert cos.shape == sin.shape == (16, 1, config.head_dim)
-        assert (cos[0] == 1).all()
-        assert (sin[0] == 0).all()
-        torch.testing.assert_close(cos**2 + sin**2, torch.ones_like(cos))

@@ -20,11 +20,12 @@ from skippy.engine import CheckpointError, Engine, EngineConfig, quant
 from skippy.engine.build import build
 from skippy.engine.config import Quantization
 from skippy.engine.linear import RowLinear, Tiling, measure_tiling, plain
-from skippy.engine.model import CausalLM, _Fused, full_plan
+from skippy.engine.model import CausalLM, _Fused
 from skippy.engine.quant import Int8Product, NF4Product, pack_as, quantise
 from skippy.engine.reference import reference_choice, reference_logits
 from skippy.engine.runner import Rows
 from skippy.engine.sampling import SamplingState
+from skippy.engine.shape import full_plan
 from skippy.engine.weights import load_model, open_checkpoint
 
 CPU = torch.device("cpu")

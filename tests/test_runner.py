@@ -19,8 +19,8 @@ from torch import Tensor
 from skippy.engine import BUILTIN_MODEL, EngineConfig
 from skippy.engine.build import build
 from skippy.engine.config import Dtype
-from skippy.engine.model import Plan, full_plan, skipping_plan
 from skippy.engine.runner import Rows, Runner
+from skippy.engine.shape import Plan, full_plan, skipping_plan
 
 LENGTH = 150
 NEIGHBOURS = 80

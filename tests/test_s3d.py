@@ -22,10 +22,10 @@ from skippy.engine.chain import Link
 from skippy.engine.drafters import s3d
 from skippy.engine.drafters.base import Followed
 from skippy.engine.drafters.s3d import S3DDrafter
-from skippy.engine.model import full_plan
 from skippy.engine.runner import Rows
 from skippy.engine.scheduler import Work
 from skippy.engine.sequence import Sequence
+from skippy.engine.shape import full_plan
 
 PROMPT = (1, 5, 9, 5, 9, 5, 9)
 WHOLE = {"skip_start": 1, "skip_end": 1, "lora_rank": 0, "bridge_rank": 0, "head_size": 0}

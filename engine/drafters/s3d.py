@@ -26,10 +26,10 @@ from skippy.engine.adapter import S3DAdapter
 from skippy.engine.chain import Prospect, draft_chain
 from skippy.engine.drafters.base import Followed
 from skippy.engine.drafters.calibration import ConfidenceCalibration
-from skippy.engine.model import skipping_plan
 from skippy.engine.runner import Rows, Runner
 from skippy.engine.sampling import SamplingState
 from skippy.engine.sequence import Sequence
+from skippy.engine.shape import skipping_plan
 from skippy.engine.tensors import to_device
 
 MIN_REACH = 0.05

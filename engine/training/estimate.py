@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from skippy.engine.adapter import AdapterConfig, part_shapes, part_sizes
 from skippy.engine.config import NF4_BLOCK, Quantization
-from skippy.engine.model import ModelConfig
+from skippy.engine.shape import ModelConfig
 from skippy.engine.training.loss import rows_of_vocabulary
 from skippy.engine.training.options import AT_ONCE, TrainOptions, num_parameters
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from skippy.engine.adapter import AdapterConfig
 from skippy.engine.config import Quantization
 from skippy.engine.memory import total_bytes
-from skippy.engine.model import ModelConfig
+from skippy.engine.shape import ModelConfig
 from skippy.engine.training.estimate import BYTES_PER_WEIGHT, Estimate, Precision, Processor, estimate
 from skippy.engine.training.options import TrainOptions, num_parameters
 

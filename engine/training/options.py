@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from skippy.engine.adapter import DEFAULT_WIDTH, AdapterConfig, part_shapes, part_sizes
 from skippy.engine.errors import ConfigError
-from skippy.engine.model import ModelConfig
+from skippy.engine.shape import ModelConfig
 from skippy.engine.weights import Checkpoint
 
 LARGEST_SHARE, SMALLEST_SHARE = 0.1, 0.01

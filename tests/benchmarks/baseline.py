@@ -23,7 +23,7 @@ from skippy.engine import Engine, EngineConfig, SamplingParams, Tokenizer
 from skippy.engine.attention import SDPAAttention
 from skippy.engine.bench import decode, describe_machine
 from skippy.engine.kv import KVPool
-from skippy.engine.model import full_plan
+from skippy.engine.shape import full_plan
 from skippy.engine.tensors import Segment, TokenBatch
 
 

@@ -23,7 +23,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.model import CausalLM, ModelConfig
+from skippy.engine.model import CausalLM
+from skippy.engine.shape import ModelConfig
 from skippy.engine.training.data import Sample, temperature_of
 from skippy.engine.training.estimate import BFLOAT16, FLOAT32, Estimate, Processor, estimate
 from skippy.engine.training.here import Probe

@@ -28,9 +28,10 @@ from skippy.engine import Engine, EngineConfig, SamplingParams
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.adapter_files import load_adapter
 from skippy.engine.bench import describe_machine
-from skippy.engine.model import CausalLM, full_plan, skipping_plan
+from skippy.engine.model import CausalLM
 from skippy.engine.runner import Rows
 from skippy.engine.sampling import SamplingState, exponential, fold, noise_bits
+from skippy.engine.shape import full_plan, skipping_plan
 from skippy.engine.training.data import Sample
 from skippy.engine.training.files import load_samples
 from skippy.engine.training.passes import draft_rows, teach
