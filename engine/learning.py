@@ -2,8 +2,8 @@
 
 All of it happens in the engine's own thread, a piece at a time and only when nothing is to be
 served: a request that comes waits for the piece at hand, and for nothing else. The longest piece
-is a teacher pass over LENGTH tokens or the writing of a checkpoint: hundredths of a second for
-the built-in model, more for a large one. Texts are kept in memory alone, the latest ones; what
+is a teacher pass over LENGTH tokens or the writing of a checkpoint: a fifth of a second
+for the built-in model, more for a large one. Texts are kept in memory alone, the latest ones; what
 is written is an adapter and where its training stands. The texts of one prompt in eight are held
 out; from time to time the adapter that learns is held against the one that drafts, on those, and
 takes its place if it is better. Output does not depend on it.

@@ -7,8 +7,9 @@ A pass is a `TokenBatch` of rows from any mix of sequences, a `Plan` that names 
 to run through, and the attention that knows where each row's past is cached. A draft is
 the same pass with a shorter plan: nothing is copied or switched to skip a layer.
 
-Parameters carry Hugging Face's names, so a checkpoint loads as it is and the module can be
-trained. `pack` then replaces the matrices by fused ones laid out for inference.
+Parameters carry Hugging Face's names (`families` brings a checkpoint's values into the order used
+here), and the module can be trained. `pack` then replaces the matrices by fused ones laid out for
+inference.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class ModelConfig:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
-    """A name in ACTIVATIONS."""
+    """A name in `model.ACTIVATIONS`."""
     norm_names: tuple[str | None, str | None, str | None, str | None] = (
         "input_layernorm",
         None,

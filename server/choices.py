@@ -82,7 +82,8 @@ class Choice:
             self.completion_tokens += 1
             if output.logprobs is not None:
                 self._add_logprobs(token_id, output.logprobs[position])
-            shown.append(self._search(self._text.push(token_id)))
+            if not self._hides(output, position):
+                shown.append(self._search(self._text.push(token_id)))
             if self._stops.matched is not None:
                 return self._delta(shown, "stop", self._stops.matched)
         if output.finish_reason is None:
@@ -92,6 +93,11 @@ class Choice:
             return self._delta(shown, "stop", self._stops.matched)
         shown.append(self._stops.flush())
         return self._delta(shown, output.finish_reason, output.stop_reason)
+
+    def _hides(self, output: SequenceOutput, position: int) -> bool:
+        """Whether a token is the one that ended the text; like a stop string it shows only if asked for."""
+        ends = output.finish_reason == "stop" and position == len(output.token_ids) - 1
+        return ends and not self._options.include_stop
 
     def _begin(self, output: SequenceOutput) -> str:
         """The echoed prompt."""

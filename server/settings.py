@@ -109,7 +109,7 @@ class Settings(BaseModel):
         default=_ENGINE_DEFAULTS.drafter,
         description="what proposes tokens ahead: none, ngram, suffix, recycling, s3d, eagle3 or hybrid; a "
         "request may name another; auto takes hybrid (suffix where that promises more, elsewhere s3d or eagle3, or "
-        "recycling without an adapter)",
+        "recycling without an adapter), or suffix where there is no hybrid",
     )
     adapter: str | None = Field(
         default=_ENGINE_DEFAULTS.adapter,
@@ -145,7 +145,7 @@ class Settings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one")
     served_model_name: str | None = Field(default=None, description="model name in the API; unset: the model as given")
     max_waiting: int = Field(
-        default=1024, ge=1, description="most requests that may wait; further ones are answered 429"
+        default=1024, ge=1, description="most sequences (n of each prompt) that may wait; further ones are answered 429"
     )
     log_interval: float = Field(
         default=10.0, gt=0, allow_inf_nan=False, description="seconds between log lines under load"

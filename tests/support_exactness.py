@@ -102,6 +102,12 @@ def reference_answers(folder: Path, modes: Sequence[str] = tuple(MODES)) -> Answ
     return answers
 
 
+def plain_answers(folder: Path, modes: Sequence[str], quantization: Quantization) -> Answers:
+    """What an engine emits without drafts, one request at a time."""
+    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", quantization=quantization)
+    return {mode: tokens_of(run_dry(Engine(config), requests(MODES[mode], "none"), 1)) for mode in modes}
+
+
 DRAFTERS = (
     "none",
     "ngram",

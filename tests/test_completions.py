@@ -141,16 +141,24 @@ def test_every_form_of_prompt(http: httpx.Client, prompt: list[Any]) -> None:
 def test_an_end_of_text_token_ends_without_showing(http: httpx.Client) -> None:
     choice = complete(http, prompt=f"a b{EOS}")["choices"][0]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("a b", "stop", None)
-    shown = complete(http, prompt=f"a b{EOS}", skip_special_tokens=False)["choices"][0]
-    assert shown["text"] == f"a b{EOS}"
+    for options, text in (
+        ({"skip_special_tokens": False}, "a b"),
+        ({"include_stop_str_in_output": True}, "a b"),
+        ({"skip_special_tokens": False, "include_stop_str_in_output": True}, f"a b{EOS}"),
+    ):
+        assert complete(http, prompt=f"a b{EOS}", **options)["choices"][0]["text"] == text
     ignored = complete(http, prompt=f"a b{EOS}", ignore_eos=True, max_tokens=8)["choices"][0]
     assert (ignored["text"], ignored["finish_reason"]) == ("a ba ba b", "length")
 
 
 def test_a_stop_token_ends_and_is_named(http: httpx.Client) -> None:
-    choice = complete(http, prompt=[70, 71, 72], stop_token_ids=[71])["choices"][0]
-    assert choice["text"] == TOKENIZER.decode([70, 71])
-    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", 71)
+    for included, text in ((False, [70]), (True, [70, 71])):
+        body = {"stop_token_ids": [71], "include_stop_str_in_output": included}
+        answer = complete(http, prompt=[70, 71, 72], logprobs=0, **body)
+        choice = answer["choices"][0]
+        assert choice["text"] == TOKENIZER.decode(text)
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", 71)
+        assert len(choice["logprobs"]["tokens"]) == answer["usage"]["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize("width", range(7))

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from support_engine import IdentityDrafter, run_dry, tokens_of, write_adapter
-from support_exactness import MODES, assert_exact, reference_answers, requests
+from support_exactness import DRAFTERS, MODES, assert_exact, plain_answers, reference_answers, requests
 from support_families import tiny, write_family
 
 from skippy.engine import Engine, EngineConfig
+from skippy.engine.config import Quantization
 
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 # One of every shape: the others differ from these in names and numbers alone.
@@ -34,9 +35,24 @@ def test_every_drafter_emits_what_the_reference_emits(name: str, tmp_path: Path)
     write_family(tmp_path, tiny(name, max_position_embeddings=256, num_hidden_layers=3, **SHAPES[name]))
     write_adapter(tmp_path)
     answers = reference_answers(tmp_path, WANTED)
-    tallies = assert_exact(tmp_path, answers, ("none", "s3d", "random"), WANTED, widths=(4, 1, 6, 3))
+    assert_exact(tmp_path, answers, ("none", "s3d", "random"), ("greedy",), widths=(4, 1, 6, 3))
+    tallies = assert_exact(tmp_path, answers, DRAFTERS, ("everything",), widths=(4, 1, 6, 3))
     for drafter in ("s3d", "random"):
         assert 0 < tallies[drafter].accepted < tallies[drafter].drafted
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_quantised_every_drafter_emits_what_plain_decoding_does(
+    name: str, quantization: Quantization, tmp_path: Path
+) -> None:
+    write_family(tmp_path, tiny(name, max_position_embeddings=256, num_hidden_layers=3, **SHAPES[name]))
+    write_adapter(tmp_path)
+    answers = plain_answers(tmp_path, ("everything",), quantization)
+    tallies = assert_exact(
+        tmp_path, answers, ("none", "s3d", "hybrid"), ("everything",), widths=(4, 1, 6, 3), quantization=quantization
+    )
+    assert 0 < tallies["s3d"].accepted < tallies["s3d"].drafted
 
 
 @pytest.mark.parametrize("name", ["Gemma-2-9B", "Gemma-3-4B", "Olmo-3-7B"])

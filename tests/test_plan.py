@@ -276,6 +276,11 @@ class TestCommand:
         assert len(told) > 6
         assert all(line.startswith("predicted  ") for line in told[2:])
 
+    def test_the_readme_shows_what_it_prints(self, eight_b: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run_plan(EngineConfig(model=eight_b, quantization="nf4"), PlanOptions("a10g")) == 0
+        told = capsys.readouterr().out.replace(eight_b, "meta-llama/Llama-3.1-8B")
+        assert f"```\n{told}```\n" in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
     def test_json_is_one_line_with_predictions_apart(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["plan", "builtin", "--gpu", "cpu", "--json"]) == 0
         [line] = capsys.readouterr().out.splitlines()

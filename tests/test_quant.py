@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support_engine import TINY_ADAPTER, TINY_CONFIG, run_dry, tokens_of, write_adapter, write_checkpoint
-from support_exactness import MODES, Answers, assert_exact, naive_model, requests
+from support_engine import TINY_ADAPTER, TINY_CONFIG, write_adapter, write_checkpoint
+from support_exactness import MODES, Answers, assert_exact, naive_model, plain_answers, requests
 from torch import Tensor, nn
 
 from skippy.engine import CheckpointError, Engine, EngineConfig, quant
@@ -325,12 +325,6 @@ FUSED = {**TINY_ADAPTER, "fused": True, "skip_start": 0, "skip_end": 0, "bridge_
 SOME_MODES = ("greedy", "everything")
 
 
-def plain_answers(folder: Path, kind: Quantization) -> Answers:
-    """What plain decoding emits, one request at a time."""
-    config = EngineConfig(model=str(folder), device="cpu", dtype="float32", quantization=kind)
-    return {mode: tokens_of(run_dry(Engine(config), requests(MODES[mode], "none"), 1)) for mode in SOME_MODES}
-
-
 def reference_margins(folder: Path, kind: Quantization, answers: Answers) -> list[float]:
     """For every answered token 0 if the naive reference chooses it too, else by how much it prefers another."""
     checkpoint = open_checkpoint(str(folder))
@@ -362,7 +356,7 @@ def reference_margins(folder: Path, kind: Quantization, answers: Answers) -> lis
 @pytest.mark.parametrize("kind", KINDS)
 class TestExactness:
     def test_every_drafter_and_mode_emits_what_plain_decoding_does(self, folder: Path, kind: Quantization) -> None:
-        tallies = assert_exact(folder, plain_answers(folder, kind), modes=SOME_MODES, quantization=kind)
+        tallies = assert_exact(folder, plain_answers(folder, SOME_MODES, kind), modes=SOME_MODES, quantization=kind)
         for name in ("oracle", "identity"):
             assert tallies[name].accepted == tallies[name].drafted > 100
         for name in ("ngram", "s3d", "hybrid", "random", "off-by-one"):
@@ -379,13 +373,13 @@ class TestExactness:
         folder = write_checkpoint(tmp_path)
         write_adapter(folder, scale=0.1, **FUSED)
         tallies = assert_exact(
-            folder, plain_answers(folder, kind), ("none", "s3d"), SOME_MODES, quantization=kind, **config
+            folder, plain_answers(folder, SOME_MODES, kind), ("none", "s3d"), SOME_MODES, quantization=kind, **config
         )
         assert 0 < tallies["s3d"].accepted < tallies["s3d"].drafted
 
     def test_plain_decoding_emits_what_the_naive_reference_does(self, folder: Path, kind: Quantization) -> None:
         """With int8, where sums differ by 1e-7 beside a half, a whole step of rounding may part the two."""
-        margins = reference_margins(folder, kind, plain_answers(folder, kind))
+        margins = reference_margins(folder, kind, plain_answers(folder, SOME_MODES, kind))
         assert len(margins) > 150
         differing = [margin for margin in margins if margin]
         if kind == "int8":

@@ -21,6 +21,9 @@ from skippy.engine.types import Request, SamplingParams
 
 TEMPERATURES = (0.0, 0.0, 0.8, 1.0)
 """Of the continuations, in turn. A drafter is judged on greedy text as on sampled text."""
+FREE_EVERY = 4
+"""One sequence of so many has an opening of the model's own even if there are prompts for all: what is given is not
+all that it will be asked."""
 SHORTEST_OPENING = 8
 """Tokens that the model writes of an opening of its own, at least; half of the length at most."""
 GRAM = 13
@@ -45,16 +48,16 @@ def generate_samples(
     """`count` sequences of `length` tokens, the same ones for the same arguments.
 
     Args:
-        prompts: openings for up to half of the sequences, cut to half of `length`. Each is
+        prompts: openings for all but one of FREE_EVERY sequences, cut to half of `length`. Each is
             used once, so that no sequence is there twice.
         progress: told now and then how many sequences are done.
     """
     chooser = random.Random(seed)
     openings: list[list[int]] = [[] for _ in range(count)]
-    odd = range(1, count, 2)
+    places = [place for place in range(count) if place % FREE_EVERY]
     given = list(dict.fromkeys(tuple(prompt[: length // 2]) for prompt in prompts))
-    used = min(len(given), len(odd))
-    for place, prompt in zip(chooser.sample(odd, used), chooser.sample(given, used), strict=True):
+    used = min(len(given), len(places))
+    for place, prompt in zip(chooser.sample(places, used), chooser.sample(given, used), strict=True):
         openings[place] = list(prompt)
     free: dict[int, Request] = {}
     for place, opening in enumerate(openings):
@@ -80,8 +83,8 @@ def generate_samples(
 
 
 def temperature_of(place: int) -> float:
-    """The temperature of a continuation; of each there are as many with a given opening as without."""
-    return TEMPERATURES[place // 2 % len(TEMPERATURES)]
+    """The temperature of a continuation; of each as many have an opening of the model's own."""
+    return TEMPERATURES[(place + place // FREE_EVERY) % len(TEMPERATURES)]
 
 
 def most_frequent(samples: Iterable[Sample], count: int, vocab_size: int) -> Tensor:
