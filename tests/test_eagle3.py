@@ -215,17 +215,24 @@ def test_a_shared_prefix_is_drafted_from_as_well(base: Path, tmp_path: Path, rec
         assert draft == reference.draft(tokens, len(draft))
 
 
-@pytest.mark.parametrize("min_reach", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("min_reach", "sizes"),
+    [(0.1, {}), (0.0, {"kv_cache_memory_bytes": 12 * 16 * 7 * 2 * 32 * 4, "enable_prefix_caching": False})],
+    ids=["default", "preemption"],
+)
 def test_no_token_changes(
-    base: Path, tmp_path: Path, answers: Answers, min_reach: float, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    tmp_path: Path,
+    answers: Answers,
+    min_reach: float,
+    sizes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(eagle3, "MIN_REACH", min_reach)
-    head = write_head(tmp_path)
-    small: dict[str, Any] = {"kv_cache_memory_bytes": 12 * 16 * 7 * 2 * 32 * 4, "enable_prefix_caching": False}
-    for sizes in ({}, small):
-        tallies = assert_exact(base, answers, ("eagle3", "hybrid"), adapter=str(head), **sizes)
-        assert 0 < tallies["eagle3"].accepted < tallies["eagle3"].drafted
-        assert 0 < tallies["hybrid"].accepted < tallies["hybrid"].drafted
+    tallies = assert_exact(base, answers, ("eagle3", "hybrid"), adapter=str(write_head(tmp_path)), **sizes)
+    for name in ("eagle3", "hybrid"):
+        assert 0 < tallies[name].accepted < tallies[name].drafted
+        assert (tallies[name].preemptions > 0) == bool(sizes)
 
 
 def test_who_is_wrong_drafts_less_and_less(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

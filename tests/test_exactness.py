@@ -104,8 +104,8 @@ PYTHON = "def fibonacci(n):\n    if n < 2:\n        return n\n    return "
 @pytest.mark.parametrize(
     "params",
     [
-        SamplingParams(max_tokens=32, temperature=0.0),
-        SamplingParams(max_tokens=32, temperature=0.8, seed=5, top_p=0.95, min_p=0.01, frequency_penalty=0.2),
+        SamplingParams(max_tokens=24, temperature=0.0),
+        SamplingParams(max_tokens=24, temperature=0.8, seed=5, top_p=0.95, min_p=0.01, frequency_penalty=0.2),
     ],
     ids=["greedy", "sampled"],
 )
@@ -126,7 +126,7 @@ def test_the_builtin_model_in_every_dtype(dtype: str, params: SamplingParams) ->
         )
         counts = [parts[-1].counts for parts in outputs.values()]
         if drafter == "identity":
-            assert sum(c.accepted for c in counts) == sum(c.drafted for c in counts) > 50
+            assert sum(c.accepted for c in counts) == sum(c.drafted for c in counts) > 30
         return tokens_of(outputs)
 
     plain = run("none", 1, 0)
