@@ -8,8 +8,8 @@ sequence that finds no block preempts the newest one, which is recomputed later
 and, because its noise depends on token indices alone, goes on with the same tokens.
 
 Drafts take blocks and rows that are left when all that is decided; where prompts wait, half of the
-rows at most. Riders, the rows of a fused drafter, take what is left behind those. Their
-blocks go back after the step. So drafting preempts nobody, and keeps nobody waiting for a block.
+rows at most. Riders, the rows of a fused drafter, take what is left behind those. Their blocks go
+back after the step. So drafting preempts nobody, and keeps nobody waiting for a block.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "EXAONE-4.0-32B": MIXED,
 }
 WANTED = ("greedy", "everything")
-SERVED = ("none", "ngram", "suffix", "recycling", "s3d", "hybrid", "random")
+DRAFTERS = ("none", "ngram", "suffix", "recycling", "s3d", "hybrid", "random")
+"""Those that are served and need no head of their own, and one that is right at times."""
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -38,13 +39,13 @@ def test_every_drafter_emits_what_the_reference_emits(name: str, tmp_path: Path)
     write_adapter(tmp_path)
     answers = reference_answers(tmp_path, WANTED)
     assert_exact(tmp_path, answers, ("none", "s3d", "random"), ("greedy",), widths=(4, 1, 6, 3))
-    tallies = assert_exact(tmp_path, answers, SERVED, ("everything",), widths=(4, 1, 6, 3))
+    tallies = assert_exact(tmp_path, answers, DRAFTERS, ("everything",), widths=(4, 1, 6, 3))
     for drafter in ("s3d", "random"):
         assert 0 < tallies[drafter].accepted < tallies[drafter].drafted
 
 
 @pytest.mark.parametrize(("name", "quantization"), list(zip(SHAPES, cycle(("int8", "nf4")), strict=False)))
-def test_quantised_every_drafter_emits_what_plain_decoding_does(
+def test_quantised_drafters_emit_what_plain_decoding_does(
     name: str, quantization: Quantization, tmp_path: Path
 ) -> None:
     write_family(tmp_path, tiny(name, max_position_embeddings=256, num_hidden_layers=3, **SHAPES[name]))
