@@ -7,7 +7,7 @@ that the rows' uncorrected states find likeliest, in one product for all rows.
 
 A token that will hardly be reached is not worth a row of the verify pass, so drafts end
 where confidence does, as in EAGLE-2 (arXiv 2406.16858); what a confidence is worth is for
-the caller to say. On a CPU the rest of the chain is spared as well.
+the caller to say. Once that is so of every sequence, the rest of the chain is spared.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def draft_chain(
     hidden: Tensor,
     newest: Tensor,
     prospects: Sequence[Prospect],
-    chances: Tensor,
+    chances: Sequence[Sequence[float]],
     min_reach: float = 0.0,
 ) -> list[list[Link]]:
     """The draft of each sequence: G tokens, or fewer where none behind them can be reached often enough.
@@ -71,35 +71,32 @@ def draft_chain(
     Args:
         hidden: [B, G, hidden_size], the last hidden states of the draft rows, not normalised.
         newest: [B] int64, the token of each sequence's first row.
-        chances: [B, C] float32, how often each sequence's tokens are right, by the level of
-            their confidence (see `level_of`).
+        chances: of each sequence, how often its tokens are right, by the level of their
+            confidence (see `level_of`).
         min_reach: drafts are of use up to the first token of a smaller reach.
     """
     choose = Choice(prospects, hidden.shape[1], hidden.device)
     score = _scorer(model, adapter, hidden)
     prepared = adapter.head.prepare(hidden).unbind(1) if adapter.head else None
-    token, state, reach = newest, None, hidden.new_ones(len(hidden), dtype=torch.float32)
-    levels = chances.shape[1]
-    chain: list[tuple[Tensor, Tensor, Tensor]] = []
+    token, state = newest, None
+    chain: list[list[Link]] = [[] for _ in chances]
     for row, uncorrected in enumerate(hidden.unbind(1)):
         x = uncorrected
         if adapter.head is not None and prepared is not None:
             state = adapter.head.step(prepared[row], model.embed(token), model.embedding_scale, state)
             x = adapter.head.correct(uncorrected, state)
         token, confidence = choose(row, score(row, x))
-        level = level_of(confidence, levels)
-        reach = reach * chances.gather(1, level[:, None]).squeeze(1)
-        chain.append((token, level, reach))
-        # Elsewhere asking would make the device wait for the next launch.
-        if min_reach and hidden.device.type == "cpu" and not bool((reach >= min_reach).any()):
+        for draft, worth, one, share in zip(chain, chances, token.tolist(), confidence.tolist(), strict=True):
+            level = level_of(share, len(worth))
+            draft.append(Link(one, level, (draft[-1].reach if draft else 1.0) * worth[level]))
+        if all(draft[-1].reach < min_reach for draft in chain):
             break
-    columns = [torch.stack(parts, 1).tolist() for parts in zip(*chain, strict=True)]
-    return [[Link(*link) for link in zip(*draft, strict=True)] for draft in zip(*columns, strict=True)]
+    return chain
 
 
-def level_of(confidence: Tensor, levels: int) -> Tensor:
-    """Which of so many equal parts of [0, 1] each confidence is in: int64, in range even if it is not a number."""
-    return (confidence * levels).long().clamp_(0, levels - 1)
+def level_of(confidence: float, levels: int) -> int:
+    """Which of so many equal parts of [0, 1] a confidence is in; the first if it is not a number."""
+    return min(int(confidence * levels), levels - 1) if confidence > 0.0 else 0
 
 
 def _scorer(model: CausalLM, adapter: S3DAdapter, hidden: Tensor) -> _WholeHead | _Candidates:

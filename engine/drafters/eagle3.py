@@ -127,7 +127,7 @@ class Eagle3Drafter:
         for depth in range(most):
             logits, ids = self._head.logits(hidden)
             token, share = choose(depth, Scored(logits, ids.expand_as(logits)))
-            tokens, levels = token.tolist(), level_of(share, LEVELS).tolist()
+            tokens, levels = token.tolist(), [level_of(one, LEVELS) for one in share.tolist()]
             for place in going:
                 drafts[place].extend(tokens[place], levels[place])
             going = [i for i in going if len(drafts[i].tokens) == depth + 1 < drafting[i][1]]

@@ -70,7 +70,7 @@ class _S3D:
             hidden[0][None] if len(hidden) == 1 else pad_sequence(list(hidden), batch_first=True),
             to_device([s.tokens[-1] for s in sequences], hidden[0].device),
             [Prospect(self._states[s], len(s.tokens)) for s in sequences],
-            torch.tensor([chances[kind] for kind in greedy], device=hidden[0].device),
+            [chances[kind] for kind in greedy],
             MIN_REACH,
         )
         drafts = []
