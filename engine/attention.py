@@ -16,7 +16,7 @@ Their tokens are drafts, so their bits need not be the same in every pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -74,10 +74,9 @@ class SDPAAttention:
         self._masks = {window: self._mask_table(window) for window in dict.fromkeys(self.windows)}
         self.multiple = self._measure_multiple()
 
-    @property
-    def slack_rows(self) -> int:
-        """How many rows a batch must have beyond its last segment."""
-        return self.multiple - 1
+    def rows_read(self, segments: Iterable[Segment]) -> int:
+        """How many rows a batch of these segments must have, with those that the last of them are padded with."""
+        return max(segment.row + self._padded(segment.num_rows) for segment in segments)
 
     def begin(
         self,
@@ -129,7 +128,7 @@ class SDPAAttention:
 
     def part(self, segment: Segment, window: int | None) -> _Part:
         """What one segment is to the layers with this window."""
-        rows = -(-segment.num_rows // self.multiple) * self.multiple
+        rows = self._padded(segment.num_rows)
         return _Part(
             slice(segment.row * self.group, (segment.row + segment.num_rows) * self.group),
             slice(segment.row * self.group, (segment.row + rows) * self.group),
@@ -146,6 +145,9 @@ class SDPAAttention:
         if self.softcap is not None:
             return capped_attention(queries, keys, values, mask, self.scale, self.softcap)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
+
+    def _padded(self, rows: int) -> int:
+        return -(-rows // self.multiple) * self.multiple
 
     def _mask_table(self, window: int | None) -> Tensor:
         size, device = self.pool.block_size, self.pool.keys.device

@@ -122,7 +122,8 @@ class Runner:
                 token_ids += [*part.riders] * len(ridden)
                 positions += [min(row + 1 + place, last) for row in ridden for place in range(width)]
                 slots += self.pool.slots(table, end, stop)
-        padding = self._tiling.padded(len(token_ids) + self._attention.slack_rows) - len(token_ids)
+        needed = max(len(token_ids), self._attention.rows_read(segments))
+        padding = self._tiling.padded(needed) - len(token_ids)
         token_ids += [0] * padding
         positions += [0] * padding
         slots += [self.pool.padding_slot] * padding

@@ -103,7 +103,7 @@ class Bench:
                 segments.append(Segment(len(slots), stop - start, start, piece.table[: start // BLOCK + 1]))
                 slots += [self.pool.slot(piece.table, position) for position in range(start, stop)]
                 start = stop
-        slack = self.attention.slack_rows
+        slack = self.attention.rows_read(segments) - len(slots)
         slots += [self.pool.padding_slot] * slack
 
         def rows(name: str) -> Tensor:
@@ -246,7 +246,7 @@ class TestMeasure:
         pool = KVPool(1, 4, block, kv_heads, dim, dtype, torch.device("cpu"))
         attention = SDPAAttention(pool, kv_heads * group, 4 * block, dim**-0.5, softcap=softcap)
         generator = torch.Generator().manual_seed(5)
-        rows = block + attention.slack_rows
+        rows = block + attention.multiple - 1
         part = torch.randn(1, kv_heads, rows * group, dim // 2, generator=generator).to(dtype) * 512
         queries = torch.cat((part, part.flip(-1)), -1)
         part = torch.randn(1, kv_heads, 2 * block, dim // 2, generator=generator).to(dtype) * 512
@@ -325,6 +325,12 @@ class TestMask:
                 for head in range(group):
                     assert set(seen[row, place, head].nonzero().flatten().tolist()) == wanted
 
-    def test_slack_covers_what_padding_reads(self) -> None:
+    @pytest.mark.parametrize("multiple", [1, 2, 4])
+    def test_a_batch_has_the_rows_that_its_last_segments_are_padded_with(self, multiple: int) -> None:
         attention = Bench(2).attention
-        assert attention.slack_rows == attention.multiple - 1
+        attention.multiple = multiple
+        for sizes in ([1], [4], [5], [3, 1], [4, 1, 1], [1, 4]):
+            segments = [Segment(sum(sizes[:i]), size, 0, [0]) for i, size in enumerate(sizes)]
+            ends = [attention.part(segment, None).source.stop for segment in segments]
+            assert attention.rows_read(segments) * attention.group == max(ends)
+            assert sum(sizes) <= attention.rows_read(segments) < sum(sizes) + multiple

@@ -60,16 +60,16 @@ class BareLoop:
 
     def _pass(self, tokens: list[int], position: int) -> int:
         size, end = self._pool.block_size, position + len(tokens)
-        slack = self._attention.slack_rows
+        starts = [position, *range((position // size + 1) * size, end, size)]
+        segments = [
+            Segment(s - position, min(end, (s // size + 1) * size) - s, s, self._table[: s // size + 1]) for s in starts
+        ]
+        slack = self._attention.rows_read(segments) - len(tokens)
         device = self._pool.keys.device
         ids = torch.tensor(tokens + [0] * slack, device=device)
         positions = torch.arange(position, end + slack, device=device)
         slots = positions.clone()
         slots[len(tokens) :] = self._pool.padding_slot
-        starts = [position, *range((position // size + 1) * size, end, size)]
-        segments = [
-            Segment(s - position, min(end, (s // size + 1) * size) - s, s, self._table[: s // size + 1]) for s in starts
-        ]
         batch = TokenBatch(ids, positions, slots, segments, torch.tensor([len(tokens) - 1], device=device))
         hidden, _ = self._model(batch, self._plan, self._attention.begin(segments, slots))
         return int(self._model.logits(hidden[batch.logit_rows]).argmax())
