@@ -117,12 +117,20 @@ def part_sizes(adapter: AdapterConfig, base: ModelConfig) -> dict[str, int]:
     }
 
 
+def _drawn(rows: int, columns: int, scale: float) -> nn.Parameter:
+    """Normal numbers of this scale."""
+    # Without a device there is nothing to draw, and PyTorch would import its compiler for it, which takes a second.
+    if torch.get_default_device().type == "meta":
+        return nn.Parameter(torch.empty(rows, columns))
+    return nn.Parameter(torch.randn(rows, columns) * scale)
+
+
 class LowRank(nn.Module):
     """x to x A B, zero at first. A [in, rank], B [rank, out]."""
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.randn(in_features, rank) * in_features**-0.5)
+        self.a = _drawn(in_features, rank, in_features**-0.5)
         self.b = nn.Parameter(torch.zeros(rank, out_features))
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
@@ -160,9 +168,9 @@ class SequentialHead(nn.Module):
 
     def __init__(self, hidden_size: int, size: int, *, recurrent: bool) -> None:
         super().__init__()
-        self.from_hidden = nn.Parameter(torch.randn(hidden_size, size) * (3 * hidden_size) ** -0.5)
+        self.from_hidden = _drawn(hidden_size, size, (3 * hidden_size) ** -0.5)
         self.bias = nn.Parameter(torch.zeros(size))
-        self.from_token = nn.Parameter(torch.randn(hidden_size, size) * (3 * hidden_size) ** -0.5)
+        self.from_token = _drawn(hidden_size, size, (3 * hidden_size) ** -0.5)
         self.from_state = nn.Parameter(torch.zeros(size, size)) if recurrent else None
         self.out = nn.Parameter(torch.zeros(size, hidden_size))
 
@@ -195,7 +203,7 @@ class S3DAdapter(nn.Module):
         self.config = config
         self.vocab_size = base.vocab_size
         self.kept = [i for i in range(base.num_hidden_layers) if not config.skip_start <= i < config.skip_end]
-        self.masks = nn.Parameter(torch.randn(config.num_masks, base.hidden_size) * 0.02)
+        self.masks = _drawn(config.num_masks, base.hidden_size, 0.02)
         shapes = part_shapes(base)
         # Found once per product and layer: the path through the modules' names would take as long as the product.
         self.low_ranks = {

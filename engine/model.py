@@ -218,12 +218,19 @@ class DecoderLayer(nn.Module):
         return out
 
 
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        # Without a device there is nothing to draw, and PyTorch would import its compiler for it, which takes a second.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Decoder(nn.Module):
     """embed_tokens, layers, norm: the part that Hugging Face calls `model`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

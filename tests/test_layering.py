@@ -178,8 +178,16 @@ def test_what_is_pure_stays_pure_with_all_it_imports() -> None:
     assert not loaded & {"torch", "transformers", "fastapi", "pydantic"}
 
 
-def test_a_model_that_is_not_quantised_does_not_load_bitsandbytes() -> None:
-    assert "bitsandbytes" not in loaded_after("from skippy.engine import Engine, EngineConfig; Engine(EngineConfig())")
+def test_an_engine_loads_nothing_that_it_does_not_need() -> None:
+    """bitsandbytes is for quantised models, transformers for rare embeddings, and sympy comes with PyTorch's compiler."""
+    loaded = loaded_after(
+        "from skippy.engine import Engine, EngineConfig, Request, SamplingParams\n"
+        "engine = Engine(EngineConfig())\n"
+        "engine.add(Request('x', (1, 2, 3), SamplingParams(max_tokens=4)))\n"
+        "while engine.has_work: engine.step()"
+    )
+    assert "torch" in loaded
+    assert not loaded & {"bitsandbytes", "transformers", "sympy"}
 
 
 def test_serving_loads_nothing_of_training() -> None:
