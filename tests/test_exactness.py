@@ -133,11 +133,9 @@ def test_the_builtin_model_in_every_dtype(dtype: str, params: SamplingParams) ->
     assert all(plain.values())
     for drafter, at_once, width in [
         ("none", 4, 0),
-        ("ngram", 1, 4),
         ("ngram", 4, 15),
         ("suffix", 4, 16),
         ("recycling", 4, 8),
-        ("identity", 1, 1),
         ("identity", 4, 1),
     ]:
         assert run(drafter, at_once, width) == plain, f"{drafter}, {at_once} at once, {width} drafted"
