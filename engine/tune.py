@@ -20,13 +20,13 @@ import torch
 
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
-from skippy.engine.bench import Run, cell, decode, encode_prompts, tell
 from skippy.engine.config import EngineConfig, Quantization
 from skippy.engine.controller import Controller, batch_class, widths_up_to
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError
 from skippy.engine.forecast import Draft, Observations, predict
+from skippy.engine.measure import Run, cell, decode, encode_prompts, tell
 from skippy.engine.plan import model_sizes
 from skippy.engine.prompts import read_prompts
 from skippy.engine.roofline import beta_eff, closed_form, loaded_weights

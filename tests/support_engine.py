@@ -143,6 +143,15 @@ def tokens_of(outputs: dict[tuple[str, int], list[SequenceOutput]]) -> dict[tupl
     return {choice: [t for output in parts for t in output.token_ids] for choice, parts in outputs.items()}
 
 
+class EchoDrafter:
+    """Drafts the newest token again and again."""
+
+    name = "echo"
+
+    def propose(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[list[int]]:
+        return [[s.tokens[-1]] * limit for s, limit in zip(sequences, limits, strict=True)]
+
+
 class OracleDrafter:
     """Knows the answers, and drafts them."""
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from support_engine import write_checkpoint
+from support_engine import EchoDrafter, write_checkpoint
 
 from skippy.engine import BenchOptions, ConfigError, DraftCounts, EngineConfig, SamplingParams, run_bench
 from skippy.engine import bench as bench_module
 from skippy.engine.adapter import AdapterConfig, S3DAdapter
 from skippy.engine.adapter_files import save_adapter
-from skippy.engine.bench import COLUMNS, DraftPlan, Run, decode, hold_against_ngram, is_looping, sha256_of
+from skippy.engine.bench import COLUMNS, DraftPlan, hold_against_ngram
 from skippy.engine.engine import Engine
-from skippy.engine.memory import peak_bytes, reset_peak
-from skippy.engine.sequence import Sequence as TokenSequence
+from skippy.engine.measure import Run, decode
 from skippy.engine.weights import open_checkpoint
 from skippy.server import cli
 
@@ -51,15 +49,6 @@ ROW_KEYS = {
     "differing_outputs",
 }
 MAX_DRAFT = 3
-
-
-class EchoDrafter:
-    """Drafts the newest token again and again."""
-
-    name = "echo"
-
-    def propose(self, sequences: Sequence[TokenSequence], limits: Sequence[int]) -> list[list[int]]:
-        return [[s.tokens[-1]] * limit for s, limit in zip(sequences, limits, strict=True)]
 
 
 class EngineWithEcho(Engine):
@@ -286,39 +275,7 @@ def test_outputs_that_differ_in_any_turn_are_counted(
     assert [row["differing_outputs"] for row in record["rows"]] == [0, 1]
 
 
-def test_drafts_are_counted_by_depth(model: Path) -> None:
-    """Against the stats of the steps, which count the same things elsewhere."""
-    engine = EngineWithEcho(EngineConfig(model=str(model), enable_prefix_caching=False))
-    seen = []
-    step = engine.step
-    engine.step = lambda: seen.append(step()) or seen[-1]  # type: ignore[method-assign,func-returns-value]
-    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
-    run = decode(engine, [(97, 98, 97, 98), (99,)], "echo", 2, params, 3)
-    assert run.drafts == sum(s.stats.drafts for s in seen) > 0
-    assert sum(run.drafts_by_depth) == sum(s.stats.draft_tokens for s in seen)
-    assert sum(run.accepted_by_depth) == sum(s.stats.accepted_tokens for s in seen)
-    assert run.drafts_by_depth == sorted(run.drafts_by_depth, reverse=True)
-    assert run.steps == sum(s.stats.decode_sequences for s in seen)
-    assert run.tokens == 80
-    assert run.drafts_by_depth[0] == run.drafts
-
-
 class TestFigures:
-    @pytest.mark.parametrize(
-        ("tokens", "looping"),
-        [([], False), ([1, 2, 3], False), ([1] * 40, True), (list(range(40)), False), ([1, 2, 3, 4] * 10, True)],
-    )
-    def test_looping(self, tokens: list[int], looping: bool) -> None:
-        assert is_looping(tokens) is looping
-
-    @pytest.mark.parametrize(("distinct", "looping"), [(8, False), (7, True)])
-    def test_looping_is_fewer_than_four_in_five_distinct_4_grams(self, distinct: int, looping: bool) -> None:
-        # Ten 4-grams: those of a run of new tokens, then the same one again and again.
-        tokens = [*range(distinct - 1), *[99] * (13 - (distinct - 1))]
-        grams = {tuple(tokens[i : i + 4]) for i in range(10)}
-        assert (len(tokens), len(grams)) == (13, distinct)
-        assert is_looping(tokens) is looping
-
     def test_tokens_per_step_of_both_kinds_apart(self) -> None:
         loop, other = [5] * 40, list(range(40))
         row = bench_module._row(DraftPlan("ngram"), 1, *[[make_run([loop, other], [10, 32])] * 2] * 2)
@@ -346,23 +303,6 @@ class TestFigures:
         alone = [row("s3d", 1.8)]
         hold_against_ngram(alone)
         assert alone[0]["not_looping_against_ngram"] is None
-
-    def test_several_files_are_hashed_as_one(self, tmp_path: Path) -> None:
-        files = [tmp_path / "a", tmp_path / "b"]
-        for file in files:
-            file.write_bytes(file.name.encode() * 3_000_000)
-        assert sha256_of(files) == hashlib.sha256(b"a" * 3_000_000 + b"b" * 3_000_000).hexdigest()
-
-    @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
-    def test_the_peak_of_memory_can_start_anew(self) -> None:
-        reset_peak("cpu")
-        before = peak_bytes("cpu")
-        block = bytearray(b"x") * (64 * 2**20)
-        with_block = peak_bytes("cpu")
-        assert with_block > before + 48 * 2**20
-        del block
-        reset_peak("cpu")
-        assert peak_bytes("cpu") < with_block - 32 * 2**20
 
 
 def make_run(outputs: list[list[int]], steps: list[int]) -> Run:

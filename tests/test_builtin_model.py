@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from skippy.engine import BUILTIN_MODEL, Engine, EngineConfig, SamplingParams, Tokenizer
-from skippy.engine.bench import LOOPING_BELOW, decode, distinct_grams
 from skippy.engine.hub import find_model
+from skippy.engine.measure import LOOPING_BELOW, decode, distinct_grams
 from skippy.engine.weights import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).with_name("benchmarks")))

@@ -67,7 +67,12 @@ def prospect(params: SamplingParams, choice: int = 0) -> Prospect:
 
 
 def links(
-    model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect], chances: Chances, reach: float = 0.0
+    model: CausalLM,
+    adapter: S3DAdapter,
+    hidden: Tensor,
+    prospects: list[Prospect],
+    chances: Chances,
+    reach: float = 0.0,
 ) -> list[list[Link]]:
     newest = torch.tensor([OUTPUT[-1] + i for i in range(len(hidden))])
     with torch.inference_mode():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 import psutil
 import pytest
 
-from skippy.engine.memory import available_bytes, peak_bytes, return_freed
+from skippy.engine.memory import available_bytes, peak_bytes, reset_peak, return_freed
 
 FILES = {
     "/proc/meminfo": "MemTotal: 32000000 kB\nMemAvailable:   8000 kB\n",
@@ -61,3 +62,15 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     kept = kept[:10]
     return_freed()
     assert psutil.Process().memory_info().rss < full - 50_000_000
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_the_peak_of_memory_can_start_anew() -> None:
+    reset_peak("cpu")
+    before = peak_bytes("cpu")
+    block = bytearray(b"x") * (64 * 2**20)
+    with_block = peak_bytes("cpu")
+    assert with_block > before + 48 * 2**20
+    del block
+    reset_peak("cpu")
+    assert peak_bytes("cpu") < with_block - 32 * 2**20

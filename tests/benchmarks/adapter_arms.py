@@ -25,9 +25,9 @@ import torch
 
 from skippy.engine import Engine, EngineConfig, SamplingParams
 from skippy.engine.adapter import AdapterConfig, S3DAdapter
-from skippy.engine.bench import decode, describe_machine
 from skippy.engine.drafters.s3d import S3DDrafter
 from skippy.engine.loading import weight_files
+from skippy.engine.measure import decode, describe_machine
 from skippy.engine.training.data import Sample
 from skippy.engine.training.files import load_samples
 from skippy.engine.training.options import TrainOptions

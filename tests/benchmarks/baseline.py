@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from skippy.engine import Engine, EngineConfig, SamplingParams, Tokenizer
 from skippy.engine.attention import SDPAAttention
-from skippy.engine.bench import decode, describe_machine
 from skippy.engine.kv import KVPool
+from skippy.engine.measure import decode, describe_machine
 from skippy.engine.shape import full_plan
 from skippy.engine.tensors import Segment, TokenBatch
 

@@ -29,8 +29,8 @@ from typing import Any
 
 from skippy.engine import BUILTIN_MODEL, Engine, EngineConfig, SamplingParams, Tokenizer
 from skippy.engine.adapter_files import BESIDE_MODEL
-from skippy.engine.bench import Run, decode, describe_machine
 from skippy.engine.hub import find_model
+from skippy.engine.measure import Run, decode, describe_machine
 
 IDS = Path(__file__).parents[1] / "data" / "day_one.json"
 MODES = {"greedy": 0.0, "temperature 0.8": 0.8}

@@ -32,7 +32,7 @@ from support_engine import run_dry, tokens_of
 from support_exactness import NEAR_TIE, add_drafters, naive_model
 
 from skippy.engine import BUILTIN_MODEL, Engine, EngineConfig, Request, SamplingParams, Tokenizer
-from skippy.engine.bench import describe_machine
+from skippy.engine.measure import describe_machine
 from skippy.engine.reference import reference_choice, reference_generate, reference_logits
 from skippy.engine.sampling import SamplingState
 from skippy.engine.weights import open_checkpoint

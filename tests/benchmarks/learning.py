@@ -31,8 +31,8 @@ import httpx
 
 from skippy.engine import BUILTIN_MODEL, Engine, EngineConfig, SamplingParams, read_prompts
 from skippy.engine.adapter_files import BESIDE_MODEL
-from skippy.engine.bench import decode, encode_prompts
 from skippy.engine.hub import find_model
+from skippy.engine.measure import decode, encode_prompts
 
 NAME = "replayed"
 MAX_TOKENS = 128

@@ -14,8 +14,8 @@ import statistics
 from collections import defaultdict
 
 from skippy.engine import BUILTIN_MODEL, Engine, EngineConfig, SamplingParams
-from skippy.engine.bench import decode, encode_prompts
 from skippy.engine.drafters import s3d
+from skippy.engine.measure import decode, encode_prompts
 from skippy.engine.prompts import read_prompts
 
 THRESHOLDS = (0.3, 0.2, 0.1, 0.05, 0.0)

@@ -23,8 +23,9 @@ from typing import Any
 from record_drafts import OPENINGS
 
 from skippy.engine import Engine, EngineConfig, SamplingParams, Tokenizer
-from skippy.engine.bench import DraftPlan, decode, describe_machine
+from skippy.engine.bench import DraftPlan
 from skippy.engine.controller import Controller
+from skippy.engine.measure import decode, describe_machine
 from skippy.engine.prompts import read_prompts
 
 PER_CLIENT = 2

@@ -13,7 +13,7 @@ import json
 import statistics
 
 from skippy.engine import BUILTIN_MODEL, Engine, EngineConfig, SamplingParams, Tokenizer
-from skippy.engine.bench import LOOPING_BELOW, decode, distinct_grams
+from skippy.engine.measure import LOOPING_BELOW, decode, distinct_grams
 
 STORIES = (
     "Once upon a time there was a small hedgehog who was afraid of the dark. One night",

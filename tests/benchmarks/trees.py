@@ -27,7 +27,7 @@ import torch
 from skippy.engine import Engine, EngineConfig, SamplingParams
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.adapter_files import load_adapter
-from skippy.engine.bench import describe_machine
+from skippy.engine.measure import describe_machine
 from skippy.engine.model import CausalLM
 from skippy.engine.runner import Rows
 from skippy.engine.sampling import SamplingState, exponential, fold, noise_bits
