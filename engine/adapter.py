@@ -118,8 +118,7 @@ def part_sizes(adapter: AdapterConfig, base: ModelConfig) -> dict[str, int]:
 
 
 def _drawn(rows: int, columns: int, scale: float) -> nn.Parameter:
-    """Normal numbers of this scale."""
-    # Without a device there is nothing to draw, and PyTorch would import its compiler for it, which takes a second.
+    """Normal numbers of this scale; on the meta device nothing is drawn (see `model.Embedding`)."""
     if torch.get_default_device().type == "meta":
         return nn.Parameter(torch.empty(rows, columns))
     return nn.Parameter(torch.randn(rows, columns) * scale)

@@ -16,7 +16,7 @@ Their tokens are drafts, so their bits need not be the same in every pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -74,9 +74,10 @@ class SDPAAttention:
         self._masks = {window: self._mask_table(window) for window in dict.fromkeys(self.windows)}
         self.multiple = self._measure_multiple()
 
-    def rows_read(self, segments: Iterable[Segment]) -> int:
-        """How many rows a batch of these segments must have, with those that the last of them are padded with."""
-        return max(segment.row + self._padded(segment.num_rows) for segment in segments)
+    def rows_read(self, segments: Sequence[Segment]) -> int:
+        """How many rows a batch of these segments must have: all up to the last one's, and those that pad it."""
+        last = segments[-1]
+        return last.row + self._padded(last.num_rows)
 
     def begin(
         self,

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.model import CausalLM
@@ -57,41 +58,46 @@ class Scored(NamedTuple):
 def draft_chain(
     model: CausalLM,
     adapter: S3DAdapter,
-    hidden: Tensor,
+    hidden: Sequence[Tensor],
     newest: Tensor,
     prospects: Sequence[Prospect],
     chances: Sequence[Sequence[float]],
     min_reach: float = 0.0,
 ) -> list[list[Link]]:
-    """The draft of each sequence: G tokens, or fewer where none behind them can be reached often enough.
+    """The draft of each sequence: a token per row, or fewer where nobody's next can be reached often enough.
 
     The verifier's choice is foreseen with the same noise, penalties, bias and bans; only
     what the drafted tokens themselves would change of the penalties is left out.
 
     Args:
-        hidden: [B, G, hidden_size], the last hidden states of the draft rows, not normalised.
+        hidden: [rows, hidden_size] of each of B sequences, the last hidden states of its draft rows,
+            not normalised; some may have no rows.
         newest: [B] int64, the token of each sequence's first row.
         chances: of each sequence, how often its tokens are right, by the level of their
             confidence (see `level_of`).
         min_reach: drafts are of use up to the first token of a smaller reach.
     """
-    choose = Choice(prospects, hidden.shape[1], hidden.device)
-    score = _scorer(model, adapter, hidden)
-    prepared = adapter.head.prepare(hidden).unbind(1) if adapter.head else None
+    padded = hidden[0][None] if len(hidden) == 1 else pad_sequence(list(hidden), batch_first=True)
+    choose = Choice(prospects, padded.shape[1], padded.device)
+    score = _scorer(model, adapter, padded)
+    prepared = adapter.head.prepare(padded).unbind(1) if adapter.head else None
     token, state = newest, None
-    chain: list[list[Link]] = [[] for _ in chances]
-    for row, uncorrected in enumerate(hidden.unbind(1)):
+    chains: list[list[Link]] = [[] for _ in hidden]
+    for row, uncorrected in enumerate(padded.unbind(1)):
         x = uncorrected
         if adapter.head is not None and prepared is not None:
             state = adapter.head.step(prepared[row], model.embed(token), model.embedding_scale, state)
             x = adapter.head.correct(uncorrected, state)
         token, confidence = choose(row, score(row, x))
-        for draft, worth, one, share in zip(chain, chances, token.tolist(), confidence.tolist(), strict=True):
-            level = level_of(share, len(worth))
-            draft.append(Link(one, level, (draft[-1].reach if draft else 1.0) * worth[level]))
-        if all(draft[-1].reach < min_reach for draft in chain):
+        # A GPU is waited for here, for every row; the rows that need not be computed are worth it.
+        for chain, by_level, drafted, share in zip(chains, chances, token.tolist(), confidence.tolist(), strict=True):
+            level = level_of(share, len(by_level))
+            chain.append(Link(drafted, level, (chain[-1].reach if chain else 1.0) * by_level[level]))
+        if all(
+            len(chain) >= len(rows) or chain[-1].reach < min_reach for chain, rows in zip(chains, hidden, strict=True)
+        ):
             break
-    return chain
+    return [chain[: len(rows)] for chain, rows in zip(chains, hidden, strict=True)]
 
 
 def level_of(confidence: float, levels: int) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from skippy.engine.attention import PassAttention
 from skippy.engine.errors import AdapterError
 from skippy.engine.families import parameters, parse_config
-from skippy.engine.model import RMSNorm
+from skippy.engine.model import Embedding, RMSNorm
 from skippy.engine.rope import rope_tables
 from skippy.engine.shape import ModelConfig
 from skippy.engine.weights import Checkpoint
@@ -78,7 +78,7 @@ class EagleHead(nn.Module):
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
         self.d2t: Tensor
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-        self.embed_tokens = nn.Embedding(layer.vocab_size, hidden) if config.has_embeddings else None
+        self.embed_tokens = Embedding(layer.vocab_size, hidden) if config.has_embeddings else None
         self._rope: tuple[Tensor, Tensor] | None = None
 
     def forward(self, embeds: Tensor, states: Tensor, positions: Tensor, attend: PassAttention) -> Tensor:

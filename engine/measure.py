@@ -1,4 +1,4 @@
-"""Decoding that is measured: what a run over some prompts came to, and on what machine."""
+"""Decoding that is measured: what a run over some prompts came to, of which model and machine, and how it is told."""
 
 from __future__ import annotations
 

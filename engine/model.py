@@ -218,9 +218,11 @@ class DecoderLayer(nn.Module):
         return out
 
 
-class _Embedding(nn.Embedding):
+class Embedding(nn.Embedding):
+    """torch's, but on the meta device, where there is nothing to draw, it draws nothing."""
+
     def reset_parameters(self) -> None:
-        # Without a device there is nothing to draw, and PyTorch would import its compiler for it, which takes a second.
+        # PyTorch would import its compiler for a normal distribution there, which takes a second.
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -230,7 +232,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = _Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -122,7 +122,7 @@ class Runner:
                 token_ids += [*part.riders] * len(ridden)
                 positions += [min(row + 1 + place, last) for row in ridden for place in range(width)]
                 slots += self.pool.slots(table, end, stop)
-        needed = max(len(token_ids), self._attention.rows_read(segments))
+        needed = max(len(token_ids), self._attention.rows_read(segments))  # riders may be the padding
         padding = self._tiling.padded(needed) - len(token_ids)
         token_ids += [0] * padding
         positions += [0] * padding

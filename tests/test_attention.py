@@ -325,12 +325,16 @@ class TestMask:
                 for head in range(group):
                     assert set(seen[row, place, head].nonzero().flatten().tolist()) == wanted
 
-    @pytest.mark.parametrize("multiple", [1, 2, 4])
-    def test_a_batch_has_the_rows_that_its_last_segments_are_padded_with(self, multiple: int) -> None:
+    @pytest.mark.parametrize(
+        ("multiple", "sizes", "rows"),
+        [(1, [5], 5), (2, [4], 4), (2, [5], 6), (4, [5], 8), (4, [1, 4], 5), (4, [3, 1], 7), (4, [4, 1, 1], 9)],
+    )
+    def test_a_batch_has_the_rows_that_its_last_segments_are_padded_with(
+        self, multiple: int, sizes: list[int], rows: int
+    ) -> None:
         attention = Bench(2).attention
         attention.multiple = multiple
-        for sizes in ([1], [4], [5], [3, 1], [4, 1, 1], [1, 4]):
-            segments = [Segment(sum(sizes[:i]), size, 0, [0]) for i, size in enumerate(sizes)]
-            ends = [attention.part(segment, None).source.stop for segment in segments]
-            assert attention.rows_read(segments) * attention.group == max(ends)
-            assert sum(sizes) <= attention.rows_read(segments) < sum(sizes) + multiple
+        segments = [Segment(sum(sizes[:i]), size, 0, [0]) for i, size in enumerate(sizes)]
+        assert attention.rows_read(segments) == rows
+        ends = [attention.part(segment, None).source.stop for segment in segments]
+        assert max(ends) == rows * attention.group

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skippy.engine import SamplingParams, chain
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.chain import NUM_SAMPLED, Link, Prospect, draft_chain
+from skippy.engine.chain import NUM_SAMPLED, Link, Prospect, draft_chain, level_of
 from skippy.engine.model import CausalLM
 from skippy.engine.sampling import RowGroup, SamplingState, choose
 from skippy.engine.weights import load_model, open_checkpoint
@@ -76,7 +76,7 @@ def links(
 ) -> list[list[Link]]:
     newest = torch.tensor([OUTPUT[-1] + i for i in range(len(hidden))])
     with torch.inference_mode():
-        return draft_chain(model, adapter, hidden, newest, prospects, chances, reach)
+        return draft_chain(model, adapter, list(hidden), newest, prospects, chances, reach)
 
 
 def draft(model: CausalLM, adapter: S3DAdapter, hidden: Tensor, prospects: list[Prospect]) -> list[list[int]]:
@@ -189,7 +189,7 @@ class TestReach:
 
     def test_confidence_is_the_share_of_the_token(self, model: CausalLM, folder: Path) -> None:
         hidden, one = hidden_rows(1, 6) * 20, prospect(MODES["greedy"])
-        shares = model.logits(hidden[0]).softmax(-1).amax(-1)
+        shares = model.logits(hidden[0]).softmax(-1).amax(-1).tolist()
         (chain,) = links(model, without_head(folder), hidden, [one], self.worth(1))
         assert [link.level for link in chain] == [min(int(share * self.LEVELS), self.LEVELS - 1) for share in shares]
         assert len({link.level for link in chain}) > 1
@@ -221,6 +221,41 @@ class TestReach:
         assert lengths == sorted(lengths, reverse=True)
         assert lengths[0] > lengths[-1] == 0
 
+    def test_rows_that_a_sequence_has_not_keep_nobody_waiting(
+        self, model: CausalLM, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scored: list[int] = []
+        score = chain._WholeHead.__call__
+
+        def record(head: chain._WholeHead, row: int, hidden: Tensor) -> chain.Scored:
+            scored.append(row)
+            return score(head, row, hidden)
+
+        monkeypatch.setattr(chain._WholeHead, "__call__", record)
+        hidden = [hidden_rows(1, width, width)[0] * 20 for width in (6, 1, 3)] + [torch.empty(0, HIDDEN)]
+        prospects = [prospect(MODES["greedy"], choice) for choice in range(4)]
+        sure, hopeless = [1.0], [0.1]
+        newest = torch.arange(4) + 40
+        with torch.inference_mode():
+            for chances, lengths in (
+                ([sure] * 4, [6, 1, 3, 0]),
+                ([hopeless, sure, sure, sure], [3, 1, 3, 0]),
+                ([hopeless, sure, hopeless, sure], [1, 1, 1, 0]),
+            ):
+                scored.clear()
+                chains = draft_chain(model, with_head(folder), hidden, newest, prospects, chances, 0.5)
+                assert [len(one) for one in chains] == lengths
+                assert scored == list(range(max(lengths)))
+
+    @pytest.mark.parametrize(
+        ("confidence", "level"),
+        [(0.0, 0), (0.0999, 0), (0.1, 1), (0.95, 9), (1.0, 9), (1.0001, 9), (-0.0001, 0), (float("nan"), 0)],
+    )
+    def test_levels_are_equal_parts_and_take_what_rounding_makes_of_confidence(
+        self, confidence: float, level: int
+    ) -> None:
+        assert level_of(confidence, self.LEVELS) == level
+
     def test_nonsense_is_as_unsure_as_can_be(self, model: CausalLM, folder: Path) -> None:
         hidden = torch.full((1, 4, HIDDEN), float("nan"))
         (chain,) = links(model, with_head(folder), hidden, [prospect(MODES["greedy"])], self.worth(1))
@@ -237,7 +272,7 @@ class TestBatch:
         newest = torch.tensor([OUTPUT[-1] + i for i in range(len(hidden))])
         for i, one in enumerate(prospects):
             with torch.inference_mode():
-                alone = draft_chain(model, adapter, hidden[i : i + 1], newest[i : i + 1], [one], [[1.0]])
+                alone = draft_chain(model, adapter, [hidden[i]], newest[i : i + 1], [one], [[1.0]])
             assert together[i] == [link.token for link in alone[0]]
         assert len({tuple(tokens) for tokens in together}) == len(together)
 

@@ -133,6 +133,7 @@ def test_the_builtin_model_in_every_dtype(dtype: str, params: SamplingParams) ->
     assert all(plain.values())
     for drafter, at_once, width in [
         ("none", 4, 0),
+        ("ngram", 1, 5),
         ("ngram", 4, 15),
         ("suffix", 4, 16),
         ("recycling", 4, 8),

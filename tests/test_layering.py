@@ -180,12 +180,12 @@ def test_what_is_pure_stays_pure_with_all_it_imports() -> None:
 
 
 def test_an_engine_loads_nothing_that_it_does_not_need() -> None:
-    """bitsandbytes is for quantised models, transformers for rare embeddings; sympy comes with PyTorch's compiler."""
+    """bitsandbytes is for quantised models, transformers for rare rotary embeddings, sympy for PyTorch's compiler."""
     loaded = loaded_after(
         "from skippy.engine import Engine, EngineConfig, Request, SamplingParams\n"
-        "engine = Engine(EngineConfig())\n"
-        "engine.add(Request('x', (1, 2, 3), SamplingParams(max_tokens=4)))\n"
-        "while engine.has_work: engine.step()"
+        "engine = Engine(EngineConfig(device='cpu', drafter='s3d', num_speculative_tokens=4))\n"
+        "steps = engine.run([Request('x', (1, 2, 3), SamplingParams(max_tokens=16, ignore_eos=True))])\n"
+        "assert sum(step.stats.draft_tokens for step in steps) > 4"
     )
     assert "torch" in loaded
     assert not loaded & {"bitsandbytes", "transformers", "sympy"}

@@ -1,4 +1,4 @@
-"""Decoding that is measured: its counts, loops, hashes."""
+"""Decoding that is measured: its counts, its loops, and what its record names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_drafts_are_counted_by_depth(tmp_path: Path) -> None:
     run = decode(engine, [(7, 8, 7, 8), (9,)], "echo", 2, params, 3)
     assert run.drafts == sum(s.stats.drafts for s in seen) > 0
     assert sum(run.drafts_by_depth) == sum(s.stats.draft_tokens for s in seen)
-    assert sum(run.accepted_by_depth) == sum(s.stats.accepted_tokens for s in seen)
+    assert sum(run.accepted_by_depth) == sum(s.stats.accepted_tokens for s in seen) > 0
     assert run.drafts_by_depth == sorted(run.drafts_by_depth, reverse=True)
     assert run.steps == sum(s.stats.decode_sequences for s in seen)
     assert run.tokens == 80

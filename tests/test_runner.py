@@ -19,6 +19,7 @@ from torch import Tensor
 from skippy.engine import BUILTIN_MODEL, EngineConfig
 from skippy.engine.build import build
 from skippy.engine.config import Dtype
+from skippy.engine.linear import Tiling
 from skippy.engine.runner import Rows, Runner
 from skippy.engine.shape import Plan, full_plan, skipping_plan
 
@@ -253,6 +254,30 @@ class TestPlans:
 
 
 class TestRows:
+    @pytest.mark.parametrize(
+        ("tiling", "sizes", "riders", "rows"),
+        [
+            (1, [4], 0, 4),
+            (1, [5], 0, 8),
+            (1, [3, 4], 0, 7),
+            (1, [4, 1], 0, 8),
+            (2, [3, 4], 0, 8),
+            (1, [5], 1, 8),  # the riders are the padding
+            (1, [5], 6, 11),
+        ],
+    )
+    def test_there_are_no_more_than_padding_and_tiling_need(
+        self, bench: Bench, tiling: int, sizes: list[int], riders: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where attention takes rows by fours."""
+        monkeypatch.setattr(bench.runner._attention, "multiple", 4)
+        monkeypatch.setattr(bench.runner, "_tiling", Tiling(tiling, 256))
+        size = bench.runner.pool.block_size
+        parts = [Rows(bench.text[:count], 0, bench.table, 1, [1] * riders, 1) for count in sizes]
+        assert len(bench.runner.batch(parts).token_ids) == rows
+        across = Rows(bench.text[:2], size - 1, bench.table, 1)
+        assert len(bench.runner.batch([across]).token_ids) == -(-(1 + 4) // tiling) * tiling
+
     def test_only_the_rows_that_ask_get_logits(self, bench: Bench) -> None:
         silent = Rows(bench.text[:3], 0, bench.table, 0)
         one = Rows(bench.text[3:9], 3, bench.table, 1)

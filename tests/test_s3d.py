@@ -133,7 +133,7 @@ class TestExactness:
     ) -> None:
         """What its drafts leave in the cache never reaches a verified row, however few of them are verified."""
         chain = [Link(5, 0, 1.0)] * length
-        monkeypatch.setattr(s3d, "draft_chain", lambda _, __, hidden, *___: [chain] * len(hidden))
+        monkeypatch.setattr(s3d, "draft_chain", lambda _, __, hidden, *___: [chain[: len(rows)] for rows in hidden])
         engine = engine_with(block_size=8)
         for parameter in s3d_of(engine).adapter.parameters():
             parameter.fill_(value)

@@ -20,7 +20,6 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from skippy.engine.adapter import S3DAdapter
 from skippy.engine.chain import Prospect, draft_chain
@@ -67,17 +66,16 @@ class _S3D:
         chains = draft_chain(
             self._runner.model,
             self.adapter,
-            hidden[0][None] if len(hidden) == 1 else pad_sequence(list(hidden), batch_first=True),
+            hidden,
             to_device([s.tokens[-1] for s in sequences], hidden[0].device),
             [Prospect(self._states[s], len(s.tokens)) for s in sequences],
             [chances[kind] for kind in greedy],
             MIN_REACH,
         )
         drafts = []
-        for sequence, kind, chain, rows in zip(sequences, greedy, chains, hidden, strict=True):
-            links = chain[: len(rows)]
-            self._calibration.note_levels(sequence, ((link.token, link.level) for link in links), greedy=kind)
-            drafts.append([link.token for link in takewhile(lambda link: link.reach >= MIN_REACH, links)])
+        for sequence, kind, chain in zip(sequences, greedy, chains, strict=True):
+            self._calibration.note_levels(sequence, ((link.token, link.level) for link in chain), greedy=kind)
+            drafts.append([link.token for link in takewhile(lambda link: link.reach >= MIN_REACH, chain)])
         return drafts
 
 

@@ -82,7 +82,7 @@ def accepted_counts(
         anchors = torch.arange(place, min(place + places, end), device=text.device)[None]
         hidden = draft_rows(model, adapter, teaching, anchors)[0]
         prospects = [Prospect(state, cut + anchor + 1) for anchor in anchors[0].tolist()]
-        drafts = draft_chain(model, adapter, hidden, text[0, anchors[0]], prospects, [[1.0]] * len(hidden))
+        drafts = draft_chain(model, adapter, list(hidden), text[0, anchors[0]], prospects, [[1.0]] * len(hidden))
         first = place
         while place - first < len(drafts):
             following = tokens[place + 1 : place + 1 + width]
