@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skippy.engine.kv import KVPool
+from skippy.engine.kv import KVPool, Past
 from skippy.engine.linear import MULTIPLES
 from skippy.engine.tensors import RiderSegment, Segment
 
@@ -130,16 +130,15 @@ class SDPAAttention:
     def part(self, segment: Segment, window: int | None) -> _Part:
         """What one segment is to the layers with this window."""
         rows = self._padded(segment.num_rows)
-        return _Part(
-            slice(segment.row * self.group, (segment.row + segment.num_rows) * self.group),
-            slice(segment.row * self.group, (segment.row + rows) * self.group),
-            self.pool.locate(segment.table[self.first_block(segment.position, window) :]),
-            self.mask(segment.position, rows, window),
-        )
+        past = self.pool.past(segment.table[self.first_block(segment.position, window) :])
+        return self._part(segment.row, segment.num_rows, rows, past, self.mask(segment.position, rows, window))
 
     def rider_part(self, riders: RiderSegment, window: int | None) -> _Part:
-        own = slice(riders.row * self.group, (riders.row + riders.num_rows) * self.group)
-        return _Part(own, own, self.pool.locate(riders.table), self.rider_mask(riders, window))
+        past, mask = self.pool.past(riders.table), self.rider_mask(riders, window)
+        return self._part(riders.row, riders.num_rows, riders.num_rows, past, mask)
+
+    def _part(self, row: int, count: int, padded: int, past: Past, mask: Tensor) -> _Part:
+        return _Part(row * self.group, count * self.group, padded * self.group, past, mask)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """queries [1, kv_heads, rows * group, head_dim]; keys, values [1, kv_heads, slots, head_dim]."""
@@ -224,11 +223,13 @@ class SDPAAttention:
 class _Part(NamedTuple):
     """Rows that are attended for at once. Rows here are those of the product, heads of a group included."""
 
-    target: slice
-    source: slice
-    """The rows that are asked for and the padding behind them."""
-    where: slice | Tensor
-    """The slots that they read."""
+    first: int
+    count: int
+    """The rows that are asked for."""
+    padded: int
+    """Those and the padding behind them."""
+    past: Past
+    """What they read."""
     mask: Tensor
 
 
@@ -251,8 +252,9 @@ class _SDPAPass:
         self._parts = [by_window[window] for window in backend.windows]
         self._first_draft = first_draft
         # The usual step of a single client: one segment, padded, is the whole batch.
-        first = self._parts[0]
-        self._alone = len(first) == 1 and first[0].source == slice(0, len(slots) * backend.group)
+        parts, rows = self._parts[0], len(slots) * backend.group
+        self._alone = len(parts) == 1 and parts[0].padded == rows
+        self._beyond = rows - sum(part.count for part in parts)
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         backend, parts = self._backend, self._parts[layer]
@@ -264,13 +266,17 @@ class _SDPAPass:
         rows, shape = len(queries), (-1, backend.num_kv_heads, backend.head_dim)
         folded = queries.reshape(shape).transpose(0, 1)[None]
         if self._alone:
-            (_, _, where, mask), *_ = parts
-            out = backend.attend(folded, *backend.pool.read(layer, where), mask).transpose(1, 2)
+            out = backend.attend(folded, *parts[0].past[layer], parts[0].mask).transpose(1, 2)
         else:
-            out = queries.new_zeros(rows * backend.group, *shape[1:])
-            for target, source, where, mask in parts:
-                attended = backend.attend(folded[:, :, source], *backend.pool.read(layer, where), mask)
-                out[target] = attended[0].transpose(0, 1)[: target.stop - target.start]
+            pieces = [
+                backend.attend(folded.narrow(2, part.first, part.padded), *part.past[layer], part.mask)
+                .transpose(1, 2)
+                .narrow(1, 0, part.count)
+                for part in parts
+            ]
+            if self._beyond:
+                pieces.append(queries.new_zeros(1, self._beyond, *shape[1:]))
+            out = torch.cat(pieces, 1)
         return out.reshape(rows, -1)
 
 

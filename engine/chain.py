@@ -89,7 +89,7 @@ def draft_chain(
             state = adapter.head.step(prepared[row], model.embed(token), model.embedding_scale, state)
             x = adapter.head.correct(uncorrected, state)
         token, confidence = choose(row, score(row, x))
-        # A GPU is waited for here, for every row; the rows that need not be computed are worth it.
+        # A GPU is waited for here in every row, for the sake of those that need not be computed.
         for chain, by_level, drafted, share in zip(chains, chances, token.tolist(), confidence.tolist(), strict=True):
             level = level_of(share, len(by_level))
             chain.append(Link(drafted, level, (chain[-1].reach if chain else 1.0) * by_level[level]))

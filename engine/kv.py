@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Past(Protocol):
+    """What a sequence has in the pool, layer by layer."""
+
+    def __getitem__(self, layer: int, /) -> tuple[Tensor, Tensor]:
+        """Keys and values, [1, kv_heads, slots, head_dim] each."""
+        ...
 
 
 class KVPool:
@@ -37,10 +47,7 @@ class KVPool:
         self.keys, self.values = self.cache.chunk(2, dim=2)
         # Views made once: a view costs microseconds, and a step would make hundreds.
         self._layers = list(self.cache)
-        self._heads = [
-            (keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
-            for keys, values in zip(self.keys, self.values, strict=True)
-        ]
+        self._by_head = [half.transpose(1, 2)[:, None] for half in (self.keys, self.values)]
 
     def slot(self, table: list[int], position: int) -> int:
         block, offset = divmod(position, self.block_size)
@@ -59,23 +66,16 @@ class KVPool:
         """Store rows. slots [N] int64; keys_values [N, 2 * kv_heads, head_dim]."""
         self._layers[layer].index_copy_(0, slots, keys_values)
 
-    def locate(self, table: list[int]) -> slice | Tensor:
-        """Where the slots of these blocks are: a slice if they stand together, else indices."""
+    def past(self, table: list[int]) -> Past:
+        """Keys and values of the slots of these blocks, a layer's as they are when they are asked for, or later."""
         first, count = table[0], len(table)
         if table[-1] - first == count - 1 and table == list(range(first, first + count)):
-            return slice(first * self.block_size, (first + count) * self.block_size)
+            start, length = first * self.block_size, count * self.block_size
+            keys, values = (half.narrow(3, start, length).unbind() for half in self._by_head)
+            return list(zip(keys, values, strict=True))
         blocks = torch.tensor(table, dtype=torch.int64, device=self.keys.device)
         offsets = torch.arange(self.block_size, device=self.keys.device)
-        return (blocks[:, None] * self.block_size + offsets).flatten()
-
-    def read(self, layer: int, where: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [1, kv_heads, slots, head_dim]; views for a slice."""
-        if isinstance(where, slice):
-            keys, values = self._heads[layer]
-            return keys[:, :, where], values[:, :, where]
-        gathered = self._layers[layer].index_select(0, where).transpose(0, 1)[None]
-        keys, values = gathered.chunk(2, dim=1)
-        return keys, values
+        return _Gathered(self._layers, (blocks[:, None] * self.block_size + offsets).flatten())
 
     def zero(self, table: list[int]) -> None:
         """Erase blocks whose content is not to be trusted, so that no NaN outlives its request."""
@@ -86,3 +86,20 @@ class KVPool:
     @property
     def num_bytes(self) -> int:
         return self.cache.nbytes
+
+
+class _Gathered:
+    """Of blocks that do not stand together: copied for every layer.
+
+    Args:
+        layers: [slots of the pool, 2 * kv_heads, head_dim] each.
+        slots: [slots] int64.
+    """
+
+    def __init__(self, layers: list[Tensor], slots: Tensor) -> None:
+        self._layers = layers
+        self._slots = slots
+
+    def __getitem__(self, layer: int, /) -> tuple[Tensor, Tensor]:
+        keys, values = self._layers[layer].index_select(0, self._slots).transpose(0, 1)[None].chunk(2, dim=1)
+        return keys, values

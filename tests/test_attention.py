@@ -336,5 +336,5 @@ class TestMask:
         attention.multiple = multiple
         segments = [Segment(sum(sizes[:i]), size, 0, [0]) for i, size in enumerate(sizes)]
         assert attention.rows_read(segments) == rows
-        ends = [attention.part(segment, None).source.stop for segment in segments]
-        assert max(ends) == rows * attention.group
+        parts = [attention.part(segment, None) for segment in segments]
+        assert max(part.first + part.padded for part in parts) == rows * attention.group

@@ -29,7 +29,7 @@ def slots(pool: KVPool, table: list[int], count: int) -> Tensor:
 def test_rows_are_read_back_in_order_of_position(pool: KVPool, table: list[int]) -> None:
     keys, values = rows(10, seed=1), rows(10, seed=2)
     pool.write(1, slots(pool, table, 10), torch.cat((keys, values), 1))
-    read_keys, read_values = pool.read(1, pool.locate(table))
+    read_keys, read_values = pool.past(table)[1]
     assert read_keys.shape == read_values.shape == (1, HEADS, 3 * SIZE, DIM)
     assert torch.equal(read_keys[0, :, :10].transpose(0, 1), keys)
     assert torch.equal(read_values[0, :, :10].transpose(0, 1), values)
@@ -48,18 +48,19 @@ def test_a_slot_is_a_block_and_an_offset(pool: KVPool) -> None:
 
 @pytest.mark.parametrize("table", [[0], [2, 3, 4], [0, 1, 2, 3, 4, 5]])
 def test_neighbouring_blocks_are_read_without_a_copy(pool: KVPool, table: list[int]) -> None:
-    where = pool.locate(table)
-    assert isinstance(where, slice)
-    keys, values = pool.read(0, where)
+    keys, values = pool.past(table)[0]
     assert keys.data_ptr() == pool.keys[0, table[0] * SIZE].data_ptr()
     assert values.data_ptr() == pool.values[0, table[0] * SIZE].data_ptr()
 
 
 @pytest.mark.parametrize("table", [[1, 0], [0, 2, 1, 3], [0, 0], [3, 5]])
 def test_scattered_blocks_are_gathered(pool: KVPool, table: list[int]) -> None:
-    where = pool.locate(table)
-    assert isinstance(where, Tensor)
-    assert where.tolist() == [block * SIZE + offset for block in table for offset in range(SIZE)]
+    past = pool.past(table)
+    everything = torch.arange(BLOCKS * SIZE)
+    pool.write(1, everything, torch.cat((rows(len(everything), seed=1), rows(len(everything), seed=2)), 1))
+    slots = [block * SIZE + offset for block in table for offset in range(SIZE)]
+    for found, cached in zip(past[1], (pool.keys[1], pool.values[1]), strict=True):
+        assert torch.equal(found[0].transpose(0, 1), cached[slots])
 
 
 def test_the_pool_starts_at_zero(pool: KVPool) -> None:
@@ -70,7 +71,7 @@ def test_the_pool_starts_at_zero(pool: KVPool) -> None:
 def test_padding_rows_have_a_block_that_no_table_can_hold(pool: KVPool) -> None:
     assert pool.padding_slot == BLOCKS * SIZE
     pool.write(0, torch.full((3,), pool.padding_slot), torch.cat((rows(3), rows(3)), 1))
-    keys, _ = pool.read(0, pool.locate(list(range(BLOCKS))))
+    keys, _ = pool.past(list(range(BLOCKS)))[0]
     assert not keys.any()
 
 
@@ -83,10 +84,10 @@ def test_zero_erases_the_blocks_at_every_layer(pool: KVPool) -> None:
     kept = [0, 2, 3, 5]
     for layer in range(LAYERS):
         for block in (4, 1):
-            keys, values = pool.read(layer, pool.locate([block]))
+            keys, values = pool.past([block])[layer]
             assert not keys.any()
             assert not values.any()
-        keys, values = pool.read(layer, pool.locate(kept))
+        keys, values = pool.past(kept)[layer]
         assert keys.all()
         assert values.isnan().all()
 
