@@ -137,8 +137,8 @@ class SDPAAttention:
         past, mask = self.pool.past(riders.table), self.rider_mask(riders, window)
         return self._part(riders.row, riders.num_rows, riders.num_rows, past, mask)
 
-    def _part(self, row: int, count: int, padded: int, past: Past, mask: Tensor) -> _Part:
-        return _Part(row * self.group, count * self.group, padded * self.group, past, mask)
+    def _part(self, row: int, wanted: int, padded: int, past: Past, mask: Tensor) -> _Part:
+        return _Part(row * self.group, wanted * self.group, padded * self.group, past, mask)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """queries [1, kv_heads, rows * group, head_dim]; keys, values [1, kv_heads, slots, head_dim]."""
@@ -224,10 +224,10 @@ class _Part(NamedTuple):
     """Rows that are attended for at once. Rows here are those of the product, heads of a group included."""
 
     first: int
-    count: int
-    """The rows that are asked for."""
+    wanted: int
+    """How many rows are asked for."""
     padded: int
-    """Those and the padding behind them."""
+    """How many there are with the padding behind them."""
     past: Past
     """What they read."""
     mask: Tensor
@@ -254,7 +254,7 @@ class _SDPAPass:
         # The usual step of a single client: one segment, padded, is the whole batch.
         parts, rows = self._parts[0], len(slots) * backend.group
         self._alone = len(parts) == 1 and parts[0].padded == rows
-        self._beyond = rows - sum(part.count for part in parts)
+        self._beyond = rows - sum(part.wanted for part in parts)
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
         backend, parts = self._backend, self._parts[layer]
@@ -271,7 +271,7 @@ class _SDPAPass:
             pieces = [
                 backend.attend(folded.narrow(2, part.first, part.padded), *part.past[layer], part.mask)
                 .transpose(1, 2)
-                .narrow(1, 0, part.count)
+                .narrow(1, 0, part.wanted)
                 for part in parts
             ]
             if self._beyond:

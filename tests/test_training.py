@@ -204,7 +204,7 @@ class TestRows:
         seen: list[tuple[int, Tensor]] = []
 
         def record(
-            model: CausalLM, adapter: S3DAdapter, hidden: Tensor, newest: Tensor, prospects: Any, *rest: Any
+            model: CausalLM, adapter: S3DAdapter, hidden: list[Tensor], newest: Tensor, prospects: Any, *rest: Any
         ) -> list[list[Link]]:
             seen.append((prospects[0].index - 1, hidden[0].clone()))
             return draft_chain(model, adapter, hidden, newest, prospects, *rest)
