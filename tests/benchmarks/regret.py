@@ -6,9 +6,11 @@
 Simulated: every machine, text and load of tests/support_control.py, on a counted clock. Live:
 the built-in model, in this process. At every number of clients and temperature all plans run
 on the same prompts in turn: the drafter under the controller, with every fixed length, and no
-drafts at all. The controller starts knowing nothing. Regret is 1 - its tokens per second /
-those of the best plan without it, medians over the turns; of the latter the best is picked
-afterwards, so noise alone makes it a little larger than 0. JSON on the last line.
+drafts at all. The controller starts knowing nothing. A plan's speed is held against the
+controller's in the same turn, because neighbours in time share the machine's moods: many short
+turns (--repeat, --requests) say more than a few long ones. Regret is 1 - 1 / the best plan's
+median of these ratios; it is picked afterwards, so noise alone makes it a little larger than 0.
+JSON on the last line.
 """
 
 from __future__ import annotations
@@ -85,15 +87,18 @@ def compare(
         for plan in plans:
             run = decode(engine, prompts, plan.drafter, clients, params, plan.num_speculative_tokens)
             rates[plan].append(run.tokens / run.seconds)
-    medians = {str(plan): statistics.median(rate) for plan, rate in rates.items()}
-    of_controller = medians.pop(str(chosen))
-    best = max(medians, key=lambda plan: medians[plan])
+    of_controller = rates.pop(chosen)
+    ratios = {
+        str(plan): statistics.median(rate / own for rate, own in zip(turns, of_controller, strict=True))
+        for plan, turns in rates.items()
+    }
+    best = max(ratios, key=lambda plan: ratios[plan])
     return {
-        "tokens_per_second": of_controller,
-        "fixed": medians,
+        "tokens_per_second": statistics.median(of_controller),
+        "fixed_to_controller": ratios,
         "best": best,
-        "regret": 1.0 - of_controller / medians[best],
-        "turns": rates[chosen],
+        "regret": 1.0 - 1.0 / ratios[best],
+        "turns": of_controller,
     }
 
 
