@@ -4,7 +4,7 @@ Exactness: the result of a row depends on its own position and nothing else. Row
 where a KV block ends, so a row at position p always reads the same whole blocks, whoever
 shares the pass: all up to its own, b = p // block_size, or in a layer with a window those
 from the first that any row of block b sees. Slots that it does not see are masked. Row counts
-are padded to a multiple that was measured to give every row the same bits (see `linear`). A
+are padded to a multiple that was measured to give every row the same bits (see `sdpa`). A
 padding row is simply the next row of the pass, read along and thrown away.
 
 The pool keeps the keys and values of all layers at full length: behind a window they are
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skippy.engine.kv import KVPool, Past
-from skippy.engine.linear import MULTIPLES
+from skippy.engine.sdpa import SDPA, row_multiple
 from skippy.engine.tensors import RiderSegment, Segment
 
 
@@ -66,13 +66,17 @@ class SDPAAttention:
         self.pool = pool
         self.num_kv_heads, self.head_dim = pool.keys.shape[2:]
         self.group = num_heads // self.num_kv_heads
-        self.scale = scale
-        self.softcap = softcap
+        self.kernel = SDPA(
+            self.num_kv_heads, self.group, self.head_dim, pool.block_size, scale, softcap, pool.keys.dtype
+        )
         layers = windows or [None] * len(pool.keys)
         self.windows = [None if window is None or window >= max_len else window for window in layers]
-        self._max_base = -(-max_len // pool.block_size) * pool.block_size
-        self._masks = {window: self._mask_table(window) for window in dict.fromkeys(self.windows)}
-        self.multiple = self._measure_multiple()
+        kinds, device = frozenset(self.windows), pool.keys.device
+        longest = -(-max_len // pool.block_size) * pool.block_size
+        self._masks = {window: self.kernel.mask_table(longest, window, device) for window in kinds}
+        self.multiple = 1
+        if device.type == "cpu":
+            self.multiple = row_multiple(self.kernel, longest, kinds, torch.get_num_threads())
 
     def rows_read(self, segments: Sequence[Segment]) -> int:
         """How many rows a batch of these segments must have: all up to the last one's, and those that pad it."""
@@ -140,84 +144,8 @@ class SDPAAttention:
     def _part(self, row: int, wanted: int, padded: int, past: Past, mask: Tensor) -> _Part:
         return _Part(row * self.group, wanted * self.group, padded * self.group, past, mask)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """queries [1, kv_heads, rows * group, head_dim]; keys, values [1, kv_heads, slots, head_dim]."""
-        if self.softcap is not None:
-            return capped_attention(queries, keys, values, mask, self.scale, self.softcap)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
-
     def _padded(self, rows: int) -> int:
         return -(-rows // self.multiple) * self.multiple
-
-    def _mask_table(self, window: int | None) -> Tensor:
-        size, device = self.pool.block_size, self.pool.keys.device
-        # Padding rows may reach past the block's last row; they see what that sees.
-        row = torch.arange(size + max(MULTIPLES), device=device).clamp(max=size - 1)[:, None]
-        before = self._max_base if window is None else -(-(window - 1) // size) * size
-        column = torch.arange(-before, size, device=device)
-        hidden = column > row
-        if window is not None:
-            hidden |= column <= row - window
-        mask = torch.zeros(hidden.shape, dtype=self.pool.keys.dtype, device=device)
-        return mask.masked_fill_(hidden, float("-inf")).repeat_interleave(self.group, dim=0)
-
-    def _measure_multiple(self) -> int:
-        """The smallest multiple of rows for which every row comes out the same, to the bit."""
-        if self.pool.keys.device.type != "cpu":
-            return 1
-        size = self.pool.block_size
-        # Every length a few blocks long, then some: kernels change with the length, too.
-        lengths = [blocks * size for blocks in (*range(1, 9), 12, 16, 24, 33, 64) if blocks * size <= self._max_base]
-        probes = [
-            (table, *probe)
-            for table in self._masks.values()
-            for length in lengths
-            for probe in self._probes(length)
-            if probe[1].shape[2] <= table.shape[1]
-        ]
-        for multiple in MULTIPLES:
-            if all(self._rows_agree(multiple, *probe) for probe in probes):
-                return multiple
-        return max(MULTIPLES)
-
-    def _probes(self, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Queries, keys and values in which the order of summation shows, even in bfloat16.
-
-        Rounding to bfloat16 hides most of it, so one probe has scores that cancel, rounding
-        errors magnified, and the other equal scores and values that cancel before the last block.
-        """
-        size, dtype = self.pool.block_size, self.pool.keys.dtype
-        generator = torch.Generator().manual_seed(0)
-
-        def random(rows: int) -> Tensor:
-            return torch.randn(1, self.num_kv_heads, rows, self.head_dim, generator=generator).to(dtype)
-
-        queries, keys, values = random((size + max(MULTIPLES)) * self.group), random(length), random(length)
-        half = self.head_dim // 2
-        crossed = (
-            torch.cat((queries[..., :half], queries[..., :half].flip(-1)), -1) * 1024,
-            torch.cat((keys[..., :half], -keys[..., :half].flip(-1)), -1) * 1024,
-            values,
-        )
-        balanced = torch.cat((values[:, :, :-size], -values[:, :, :-size].flip(2), values[:, :, -size:] * 2**-16), 2)
-        flat = (torch.zeros_like(queries), torch.cat((keys[:, :, :-size], keys), 2), balanced)
-        return [crossed, flat] if balanced.shape[2] <= self._max_base else [crossed]
-
-    def _rows_agree(self, multiple: int, table: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-        """Whether runs of `multiple` rows from anywhere, and of its multiples, agree with a whole block."""
-        size, group = self.pool.block_size, self.group
-
-        def attend(start: int, count: int) -> Tensor:
-            part = slice(start * group, (start + count) * group)
-            out = self.attend(queries[:, :, part], keys, values, table[part, -keys.shape[2] :])
-            return out[:, :, : (size - start) * group]
-
-        whole = attend(0, size)
-        runs = [(start, multiple) for start in range(size)] + [(0, n) for n in range(multiple, size + 1, multiple)]
-        return all(
-            torch.equal(attend(start, count), whole[:, :, start * group : (start + count) * group])
-            for start, count in runs
-        )
 
 
 class _Part(NamedTuple):
@@ -266,10 +194,10 @@ class _SDPAPass:
         rows, shape = len(queries), (-1, backend.num_kv_heads, backend.head_dim)
         folded = queries.reshape(shape).transpose(0, 1)[None]
         if self._alone:
-            out = backend.attend(folded, *parts[0].past[layer], parts[0].mask).transpose(1, 2)
+            out = backend.kernel.attend(folded, *parts[0].past[layer], parts[0].mask).transpose(1, 2)
         else:
             pieces = [
-                backend.attend(folded.narrow(2, part.first, part.padded), *part.past[layer], part.mask)
+                backend.kernel.attend(folded.narrow(2, part.first, part.padded), *part.past[layer], part.mask)
                 .transpose(1, 2)
                 .narrow(1, 0, part.wanted)
                 for part in parts
@@ -278,17 +206,6 @@ class _SDPAPass:
                 pieces.append(queries.new_zeros(1, self._beyond, *shape[1:]))
             out = torch.cat(pieces, 1)
         return out.reshape(rows, -1)
-
-
-def capped_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float
-) -> Tensor:
-    """`scaled_dot_product_attention` with softcapped scores (arXiv 2408.00118, section 2), which it does not offer.
-
-    queries [..., rows, head_dim]; keys, values [..., slots, head_dim]; mask [rows, slots], added. Softmax in float32.
-    """
-    scores = torch.tanh((queries @ keys.transpose(-1, -2)).float() * (scale / softcap)) * softcap + mask
-    return scores.softmax(-1).to(values.dtype) @ values
 
 
 @lru_cache(64)

@@ -235,34 +235,6 @@ class TestBits:
         assert torch.equal(fresh, stale)
 
 
-class TestMeasure:
-    @dtypes
-    @pytest.mark.parametrize("softcap", [None, 50.0])
-    @pytest.mark.parametrize(("kv_heads", "group", "dim", "block"), [(2, 2, 16, 8), (2, 2, 64, 32), (4, 1, 64, 16)])
-    def test_bfloat16_does_not_hide_the_order_of_summation(
-        self, *, kv_heads: int, group: int, dim: int, block: int, softcap: float | None, dtype: torch.dtype
-    ) -> None:
-        """Scores that are all due to be 0, magnified: what comes out is how they were summed."""
-        pool = KVPool(1, 4, block, kv_heads, dim, dtype, torch.device("cpu"))
-        attention = SDPAAttention(pool, kv_heads * group, 4 * block, dim**-0.5, softcap=softcap)
-        generator = torch.Generator().manual_seed(5)
-        rows = block + attention.multiple - 1
-        part = torch.randn(1, kv_heads, rows * group, dim // 2, generator=generator).to(dtype) * 512
-        queries = torch.cat((part, part.flip(-1)), -1)
-        part = torch.randn(1, kv_heads, 2 * block, dim // 2, generator=generator).to(dtype) * 512
-        keys = torch.cat((part, -part.flip(-1)), -1)
-        values = torch.randn(1, kv_heads, 2 * block, dim, generator=generator).to(dtype)
-
-        def attend(first: int, count: int) -> Tensor:
-            part = queries[:, :, first * group : (first + count) * group]
-            return attention.attend(part, keys, values, attention.mask(block + first, count))
-
-        whole = attend(0, block)
-        for first in range(block):
-            alone = attend(first, attention.multiple)[:, :, :group]
-            assert torch.equal(alone, whole[:, :, first * group : (first + 1) * group]), f"row {first}"
-
-
 class TestMask:
     @groups
     def test_a_row_sees_its_position_and_all_before(self, group: int) -> None:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.attention import capped_attention
 from skippy.engine.model import CausalLM, softcapped
+from skippy.engine.sdpa import capped_attention
 from skippy.engine.shape import ModelConfig, full_plan, skipping_plan
 from skippy.engine.tensors import TokenBatch
 
