@@ -76,7 +76,7 @@ class SDPAAttention:
         self._masks = {window: self.kernel.mask_table(longest, window, device) for window in kinds}
         self.multiple = 1
         if device.type == "cpu":
-            self.multiple = row_multiple(self.kernel, longest, kinds, torch.get_num_threads())
+            self.multiple = row_multiple(self.kernel, longest, kinds)
 
     def rows_read(self, segments: Sequence[Segment]) -> int:
         """How many rows a batch of these segments must have: all up to the last one's, and those that pad it."""
@@ -93,6 +93,8 @@ class SDPAAttention:
         """Attention of a pass.
 
         Args:
+            segments: one behind the other, from row 0 on.
+            riders: behind them.
             first_draft: the rows from there on are a drafter's; what they cache stays finite.
         """
         return _SDPAPass(self, segments, slots, riders, first_draft)
@@ -152,6 +154,7 @@ class _Part(NamedTuple):
     """Rows that are attended for at once. Rows here are those of the product, heads of a group included."""
 
     first: int
+    """They stand behind all that the parts before want."""
     wanted: int
     """How many rows are asked for."""
     padded: int

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Past(Protocol):
-    """What a sequence has in the pool, layer by layer."""
+    """What some rows read of their sequence in the pool, layer by layer."""
 
     def __getitem__(self, layer: int, /) -> tuple[Tensor, Tensor]:
         """Keys and values, [1, kv_heads, slots, head_dim] each."""
@@ -45,7 +45,7 @@ class KVPool:
         shape = (num_layers, (num_blocks + 1) * block_size, 2 * num_kv_heads, head_dim)
         self.cache = torch.zeros(shape, dtype=dtype, device=device)
         self.keys, self.values = self.cache.chunk(2, dim=2)
-        # Views made once: a view costs microseconds, and a step would make hundreds.
+        # Views made once: each costs microseconds.
         self._layers = list(self.cache)
         self._by_head = [half.transpose(1, 2)[:, None] for half in (self.keys, self.values)]
 
@@ -67,7 +67,7 @@ class KVPool:
         self._layers[layer].index_copy_(0, slots, keys_values)
 
     def past(self, table: list[int]) -> Past:
-        """Keys and values of the slots of these blocks, a layer's as they are when they are asked for, or later."""
+        """Keys and values of the slots of these blocks. What is written later may or may not show."""
         first, count = table[0], len(table)
         if table[-1] - first == count - 1 and table == list(range(first, first + count)):
             start, length = first * self.block_size, count * self.block_size

@@ -19,6 +19,7 @@ from skippy.engine.linear import MULTIPLES
 
 PROBED_BLOCKS = (*range(1, 9), 12, 16, 24, 33, 64)
 """Every length a few blocks long, then some: kernels change with the length, too."""
+LONGEST_PROBE = 2 * max(PROBED_BLOCKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,10 @@ class SDPA:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self.scale)
 
     def mask_table(self, longest: int, window: int | None, device: torch.device | None = None) -> Tensor:
-        """What every row of a block may see: additive, [(block_size + slack) * group, slots].
+        """What the rows of a block may see: additive, [(block_size + max(MULTIPLES)) * group, slots].
 
-        The columns end with those of the block, and begin so many slots before it as the longest sequence or the
-        window has.
+        The columns end with the block's slots. Before them are as many as the longest sequence has, in tokens, or
+        whole blocks of those that the window of the block's first row reaches back to.
         """
         size = self.block_size
         # Padding rows may reach past the block's last row; they see what that sees.
@@ -74,24 +75,28 @@ def capped_attention(
     return scores.softmax(-1).to(values.dtype) @ values
 
 
-@cache
-def row_multiple(kernel: SDPA, longest: int, windows: frozenset[int | None], threads: int) -> int:
+def row_multiple(kernel: SDPA, longest: int, windows: frozenset[int | None]) -> int:
     """The smallest multiple of rows for which every row comes out the same, to the bit, on a CPU.
 
     Args:
         longest: tokens of the longest sequence, in whole blocks.
         windows: of the layers; None is one without.
-        threads: PyTorch's, which may decide how the rows are shared out.
     """
-    del threads
-    # No probe is longer: the tables of a long context would take time for nothing.
-    longest = min(longest, 2 * max(PROBED_BLOCKS) * kernel.block_size)
+    # Longer sequences than any probe are all one to the cache.
+    return _row_multiple(kernel, min(longest, LONGEST_PROBE * kernel.block_size), windows, torch.get_num_threads())
+
+
+@cache
+def _row_multiple(kernel: SDPA, longest: int, windows: frozenset[int | None], threads: int) -> int:
+    del threads  # they may decide how the rows are shared out
+    tables = [kernel.mask_table(longest, window) for window in windows]
     probes = [
         (table, *probe)
-        for table in (kernel.mask_table(longest, window) for window in windows)
         for blocks in PROBED_BLOCKS
-        for probe in _probes(kernel, blocks * kernel.block_size)
-        if probe[1].shape[2] <= min(longest, table.shape[1])
+        if blocks * kernel.block_size <= longest
+        for probe in _probes(kernel, blocks, longest)
+        for table in tables
+        if probe[1].shape[2] <= table.shape[1]
     ]
     for multiple in MULTIPLES:
         if all(_rows_agree(kernel, multiple, *probe) for probe in probes):
@@ -99,13 +104,14 @@ def row_multiple(kernel: SDPA, longest: int, windows: frozenset[int | None], thr
     return max(MULTIPLES)
 
 
-def _probes(kernel: SDPA, length: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _probes(kernel: SDPA, blocks: int, longest: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values in which the order of summation shows, even in bfloat16.
 
-    Rounding to bfloat16 hides most of it, so one probe has scores that cancel, rounding
-    errors magnified, and the other equal scores and values that cancel before the last block.
+    Rounding to bfloat16 hides most of it, so one probe of so many blocks has scores that
+    cancel, rounding errors magnified, and the other, of nearly twice as many if that is no
+    more than the longest, equal scores and values that cancel before the last block.
     """
-    size = kernel.block_size
+    size, length = kernel.block_size, blocks * kernel.block_size
     generator = torch.Generator().manual_seed(0)
 
     def random(rows: int) -> Tensor:
@@ -118,8 +124,9 @@ def _probes(kernel: SDPA, length: int) -> Iterator[tuple[Tensor, Tensor, Tensor]
         torch.cat((keys[..., :half], -keys[..., :half].flip(-1)), -1) * 1024,
         values,
     )
-    balanced = torch.cat((values[:, :, :-size], -values[:, :, :-size].flip(2), values[:, :, -size:] * 2**-16), 2)
-    yield torch.zeros_like(queries), torch.cat((keys[:, :, :-size], keys), 2), balanced
+    if 2 * length - size <= longest:
+        balanced = torch.cat((values[:, :, :-size], -values[:, :, :-size].flip(2), values[:, :, -size:] * 2**-16), 2)
+        yield torch.zeros_like(queries), torch.cat((keys[:, :, :-size], keys), 2), balanced
 
 
 def _rows_agree(kernel: SDPA, multiple: int, table: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> bool:

@@ -28,8 +28,9 @@ def slots(pool: KVPool, table: list[int], count: int) -> Tensor:
 @pytest.mark.parametrize("table", [[1, 2, 3], [3, 1, 2], [5, 0, 2], [0, 2, 4]])
 def test_rows_are_read_back_in_order_of_position(pool: KVPool, table: list[int]) -> None:
     keys, values = rows(10, seed=1), rows(10, seed=2)
+    past = pool.past(table)
     pool.write(1, slots(pool, table, 10), torch.cat((keys, values), 1))
-    read_keys, read_values = pool.past(table)[1]
+    read_keys, read_values = past[1]
     assert read_keys.shape == read_values.shape == (1, HEADS, 3 * SIZE, DIM)
     assert torch.equal(read_keys[0, :, :10].transpose(0, 1), keys)
     assert torch.equal(read_values[0, :, :10].transpose(0, 1), values)
@@ -58,9 +59,9 @@ def test_scattered_blocks_are_gathered(pool: KVPool, table: list[int]) -> None:
     past = pool.past(table)
     everything = torch.arange(BLOCKS * SIZE)
     pool.write(1, everything, torch.cat((rows(len(everything), seed=1), rows(len(everything), seed=2)), 1))
-    slots = [block * SIZE + offset for block in table for offset in range(SIZE)]
+    places = [block * SIZE + offset for block in table for offset in range(SIZE)]
     for found, cached in zip(past[1], (pool.keys[1], pool.values[1]), strict=True):
-        assert torch.equal(found[0].transpose(0, 1), cached[slots])
+        assert torch.equal(found[0].transpose(0, 1), cached[places])
 
 
 def test_the_pool_starts_at_zero(pool: KVPool) -> None:

@@ -6,11 +6,11 @@
 Simulated: every machine, text and load of tests/support_control.py, on a counted clock. Live:
 the built-in model, in this process. At every number of clients and temperature all plans run
 on the same prompts in turn: the drafter under the controller, with every fixed length, and no
-drafts at all. The controller starts knowing nothing. A plan's speed is held against the
-controller's in the same turn, because neighbours in time share the machine's moods: many short
-turns (--repeat, --requests) say more than a few long ones. Regret is 1 - 1 / the best plan's
-median of these ratios; it is picked afterwards, so noise alone makes it a little larger than 0.
-JSON on the last line.
+drafts at all, every second turn in reverse order. The controller starts knowing nothing, but
+keeps what it learnt from turn to turn. A plan's speed is held against the controller's in the
+same turn, because neighbours in time share the machine's moods: many short turns (--repeat,
+--requests) say more than a few long ones. Regret is 1 - 1 / the best plan's median of these
+ratios; it is picked afterwards, so noise alone makes it larger than 0. JSON on the last line.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def compare(
     engine: Engine, drafter: str, temperature: float, clients: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tokens per second of every plan, and the regret of the controller's."""
+    """Tokens per second of every plan in every turn, and the controller's regret."""
     tokenizer = Tokenizer.load(engine.info.model_path)
     texts = read_prompts(options.prompts) if options.prompts else OPENINGS
     wanted = max(options.requests, PER_CLIENT * clients)
@@ -83,8 +83,8 @@ def compare(
     ]
     rates: dict[DraftPlan, list[float]] = {plan: [] for plan in plans}
     decode(engine, prompts[:clients], "none", clients, params)
-    for _ in range(options.repeat):
-        for plan in plans:
+    for turn in range(options.repeat):
+        for plan in plans[:: -1 if turn % 2 else 1]:
             run = decode(engine, prompts, plan.drafter, clients, params, plan.num_speculative_tokens)
             rates[plan].append(run.tokens / run.seconds)
     of_controller = rates.pop(chosen)
@@ -94,11 +94,10 @@ def compare(
     }
     best = max(ratios, key=lambda plan: ratios[plan])
     return {
-        "tokens_per_second": statistics.median(of_controller),
-        "fixed_to_controller": ratios,
+        "tokens_per_second": {str(plan): turns for plan, turns in [*rates.items(), (chosen, of_controller)]},
+        "to_controller": ratios,
         "best": best,
         "regret": 1.0 - 1.0 / ratios[best],
-        "turns": of_controller,
     }
 
 
