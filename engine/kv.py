@@ -67,7 +67,7 @@ class KVPool:
         self._layers[layer].index_copy_(0, slots, keys_values)
 
     def past(self, table: list[int]) -> Past:
-        """Keys and values of the slots of these blocks. What is written later may or may not show."""
+        """Keys and values of the slots of these blocks; a layer's are to be asked for after what is written to it."""
         first, count = table[0], len(table)
         if table[-1] - first == count - 1 and table == list(range(first, first + count)):
             start, length = first * self.block_size, count * self.block_size
