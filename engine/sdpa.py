@@ -20,6 +20,7 @@ from skippy.engine.linear import MULTIPLES
 PROBED_BLOCKS = (*range(1, 9), 12, 16, 24, 33, 64)
 """Every length a few blocks long, then some: kernels change with the length, too."""
 LONGEST_PROBE = 2 * max(PROBED_BLOCKS)
+"""No probe has as many blocks."""
 
 
 @dataclass(frozen=True, slots=True)

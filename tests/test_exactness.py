@@ -137,6 +137,7 @@ def test_the_builtin_model_in_every_dtype(dtype: str, params: SamplingParams) ->
         ("ngram", 4, 15),
         ("suffix", 4, 16),
         ("recycling", 4, 8),
+        ("identity", 1, 1),
         ("identity", 4, 1),
     ]:
         assert run(drafter, at_once, width) == plain, f"{drafter}, {at_once} at once, {width} drafted"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,8 @@ def test_every_drafter_emits_what_the_reference_emits(name: str, tmp_path: Path)
         assert 0 < tallies[drafter].accepted < tallies[drafter].drafted
 
 
-@pytest.mark.parametrize(("name", "quantization"), list(zip(SHAPES, cycle(("int8", "nf4")), strict=False)))
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("name", SHAPES)
 def test_quantised_drafters_emit_what_plain_decoding_does(
     name: str, quantization: Quantization, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support_engine import run_dry, write_checkpoint
-from support_training import OPTIONS
+from support_training import OPTIONS, training_config
 from torch import Tensor
 
 from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
@@ -44,13 +44,8 @@ from skippy.engine.weights import open_checkpoint
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path) -> EngineConfig:
-    return EngineConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1, max_num_seqs=8)
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    return training_config(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

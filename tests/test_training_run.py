@@ -17,7 +17,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 from support_engine import run_dry, write_checkpoint
-from support_training import OPTIONS
+from support_training import OPTIONS, training_config
 
 from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
 from skippy.engine.adapter_files import load_adapter
@@ -36,13 +36,8 @@ FILES = {"adapter.json", "adapter.safetensors", "data.safetensors", "progress.js
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=4)
-
-
-@pytest.fixture(scope="module")
-def config(folder: Path) -> EngineConfig:
-    return EngineConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1, max_num_seqs=8)
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    return training_config(tmp_path_factory.mktemp("model"))
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action: str) -> None:
