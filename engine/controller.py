@@ -91,20 +91,25 @@ class Controller:
         tokens = self._acceptance.tokens()
         return self._times_of(batch).choose([self._others + self._share * count for count in tokens])
 
-    def observe(self, batch: int, width: int, seconds: float, accepted: Sequence[int], others: int = 0) -> None:
+    def best(self, batch: int) -> int:
+        """The width for a step that will not be observed, where to look at another one would be in vain."""
+        return self._times_of(batch).best
+
+    def observe(self, batch: int, width: float, seconds: float, accepted: Sequence[int], others: int = 0) -> None:
         """What became of a step.
 
         Args:
             batch: all its sequences.
-            width: the width granted.
+            width: the width that there was room for, on the average.
             accepted: of the draft of each sequence that was granted it, how many tokens were accepted.
             others: how many tokens the other sequences emitted.
         """
-        if width:
-            self._acceptance.observe(width, accepted)
+        nearest = min(self._widths, key=lambda one: abs(one - width))
+        if nearest:
+            self._acceptance.observe(nearest, accepted)
         self._share = DECAY * self._share + (1.0 - DECAY) * len(accepted) / batch
         self._others = DECAY * self._others + (1.0 - DECAY) * others / batch
-        self._times_of(batch).observe(width, seconds / batch)
+        self._times_of(batch).observe(nearest, seconds / batch)
 
     def renewed(self) -> Controller:
         """One that begins with what this one knows of times, for drafts of which other shares are accepted."""
@@ -159,7 +164,11 @@ class _Acceptance:
 
 
 class _Times:
-    """Seconds per sequence of steps of about one batch size, by width, and which to choose."""
+    """Seconds per sequence of steps of about one batch size, by width, and which to choose.
+
+    Attributes:
+        best: the width with the most tokens per second, by what is known.
+    """
 
     def __init__(self, widths: Sequence[int], known: Mapping[int, float]) -> None:
         self._widths = widths
@@ -168,9 +177,9 @@ class _Times:
         self._clock = self._drafted_at = 0.0
         self._seen_at = dict.fromkeys(widths, 0.0)
         # Until something is known: a draft that is rarely much too long.
-        self._best = min(2, widths[-1])
+        self.best = min(2, widths[-1])
         # Widest first: it shows the acceptance at every depth.
-        self._first = [width for width in (self._best, 0, widths[-1]) if width not in known]
+        self._first = [width for width in (self.best, 0, widths[-1]) if width not in known]
         self._look: int | None = None
         self._asked = 0
 
@@ -183,7 +192,7 @@ class _Times:
             self._look = self._first.pop() if self._first else self._due(tokens)
             self._asked = 0
         if self._look is None:
-            return self._best
+            return self.best
         self._asked += 1
         return self._look
 
@@ -191,8 +200,6 @@ class _Times:
         self._clock += seconds
         if width:
             self._drafted_at = self._clock
-        if width not in self._counts:
-            return
         self._seen_at[width] = self._clock
         self._counts[width] += 1
         self._learn(width, seconds, self._counts[width])
@@ -206,7 +213,7 @@ class _Times:
             self.seconds[width] = min(old, seconds)
             return
         new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED)
-        if count >= SETTLED and width == self._best:
+        if count >= SETTLED and width == self.best:
             for other in self.seconds:
                 self.seconds[other] *= (new / old) ** TOGETHER
         self.seconds[width] = new
@@ -218,15 +225,15 @@ class _Times:
         seconds = {width: _interpolate(self.seconds, width) for width in self._widths}
         rates = {width: tokens[width] / seconds[width] for width in self._widths}
         best = max(rates, key=lambda width: rates[width])
-        if rates[best] > MARGIN * rates[self._best]:
-            self._best = best
+        if rates[best] > MARGIN * rates[self.best]:
+            self.best = best
         # What a look at a width takes longer than its tokens take at the best one.
-        losses = {w: max(LEAST_LOSS * seconds[w], seconds[w] - tokens[w] / rates[self._best]) for w in self._widths}
-        if not self._best:
+        losses = {w: max(LEAST_LOSS * seconds[w], seconds[w] - tokens[w] / rates[self.best]) for w in self._widths}
+        if not self.best:
             width = max(self._widths[1:], key=lambda width: rates[width])
             if losses[width] <= DRAFT_BUDGET * (self._clock - self._drafted_at):
                 return width
-        due = [w for w in self._widths if w != self._best and losses[w] <= self._account(w)]
+        due = [w for w in self._widths if w != self.best and losses[w] <= self._account(w)]
         return max(due, key=lambda w: self._clock - self._seen_at[w], default=None)
 
     def _account(self, width: int) -> float:

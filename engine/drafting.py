@@ -146,12 +146,18 @@ class Drafting:
         """Whether masks of this drafter ride in the verify pass."""
         return self.fused is not None and name in (S3DFusedDrafter.name, HybridDrafter.name)
 
-    def grant(self, running: SequenceOf[Sequence]) -> Mapping[str, int]:
-        """By drafter, how many tokens the next step is to make room for, for each sequence that leaves it to it."""
+    def grant(self, running: SequenceOf[Sequence], prefills: bool) -> Mapping[str, int]:
+        """By drafter, how many tokens the next step is to make room for, for each sequence that leaves it to it.
+
+        Args:
+            prefills: whether the step will carry prompts: it is not timed then.
+        """
         decoding = [sequence for sequence in running if sequence.decoding]
         drafting = {sequence.drafter for sequence in decoding if sequence.adaptive}
         self._granted = {
-            name: controller.width(len(decoding)) if name in drafting else controller.most
+            name: (controller.best if prefills else controller.width)(len(decoding))
+            if name in drafting
+            else controller.most
             for name, controller in self._controllers.items()
         }
         hybrid = self.drafters.get(HybridDrafter.name)
@@ -190,7 +196,7 @@ class Drafting:
             drafter = self.drafters[name]
             if isinstance(drafter, HybridDrafter) and self._granted[name]:
                 drafter.time(stats.verify_seconds)
-            width = round(sum(min(w.lookahead, self._granted[name]) for w in work) / len(work))
+            width = sum(min(w.lookahead, self._granted[name]) for w in work) / len(work)
             accepted = [w.sequence.last_accepted for w in work]
             seconds = stats.draft_seconds + stats.verify_seconds
             controller.observe(len(schedule.work), width, seconds, accepted, tokens - sum(accepted) - len(work))

@@ -176,7 +176,7 @@ class Engine:
         clock = Clock(self.runner.pool.keys.device)
         stats = StepStats(kv_blocks_total=self._blocks.num_blocks)
         outputs: list[SequenceOutput] = []
-        schedule = self._scheduler.schedule(self.drafting.grant(self._scheduler.running))
+        schedule = self._scheduler.schedule(self.drafting.grant(self._scheduler.running, self._scheduler.prefills_next))
         if schedule.work:
             try:
                 stats.host_seconds = clock.lap()

@@ -89,6 +89,15 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
+    @property
+    def prefills_next(self) -> bool:
+        """Whether the next step computes more than what decodes, as far as can be told before it is scheduled."""
+        if not all(sequence.decoding for sequence in self.running):
+            return True
+        if not self.waiting or len(self.running) == self._max_num_seqs:
+            return False
+        return self._blocks.num_free >= self._blocks_for(len(self.waiting[0].tokens))
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence.
 

@@ -134,7 +134,10 @@ class Sweep(Controller):
         self._last = _Granted(batch, width, counts)
         return width
 
-    def observe(self, batch: int, width: int, seconds: float, accepted: Sequence[int], others: int = 0) -> None:
+    def best(self, batch: int) -> int:
+        return self.width(batch)
+
+    def observe(self, batch: int, width: float, seconds: float, accepted: Sequence[int], others: int = 0) -> None:
         """Learns nothing: `_Watch` does."""
 
     def take_last(self) -> _Granted | None:

@@ -51,7 +51,7 @@ Text = SequenceOf[Place]
 class Policy(Protocol):
     def width(self, batch: int) -> int: ...
 
-    def observe(self, batch: int, width: int, seconds: float, accepted: SequenceOf[int], others: int) -> None: ...
+    def observe(self, batch: int, width: float, seconds: float, accepted: SequenceOf[int], others: int) -> None: ...
 
 
 class Fixed:
@@ -64,7 +64,7 @@ class Fixed:
         del batch
         return self._width
 
-    def observe(self, batch: int, width: int, seconds: float, accepted: SequenceOf[int], others: int) -> None:
+    def observe(self, batch: int, width: float, seconds: float, accepted: SequenceOf[int], others: int) -> None:
         pass
 
 

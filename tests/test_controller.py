@@ -178,6 +178,29 @@ def test_widths_that_are_never_granted_are_not_waited_for() -> None:
     assert usual(granted[200:]) == 0
 
 
+def test_nothing_is_looked_at_in_a_step_that_is_not_observed() -> None:
+    controller, steps = Controller(MOST), 1000
+
+    def seconds(width: int) -> float:
+        return 1.0 + width
+
+    assert {controller.best(4) for _ in range(steps)} == {2}, "nothing is known yet"
+    drive(controller, 4, seconds, 0.3, SETTLED)
+    assert {controller.best(4) for _ in range(steps)} == {0}
+    asked = drive(controller, 4, seconds, 0.3, steps, seed=1)
+    assert set(asked) > {0}, "else there was nothing to look at"
+
+
+def test_room_for_nearly_all_of_a_width_is_a_look_at_it() -> None:
+    """Near their end, sequences draft less than they are granted."""
+    controller = Controller(16)
+    first = []
+    for _ in range(12):
+        first.append(controller.width(8))
+        controller.observe(8, 0.92 * first[-1], 1.0, [0] * 8)
+    assert first.count(16) == 2
+
+
 def test_without_any_measurement_drafts_are_short() -> None:
     controller = Controller(10)
     widths = [controller.width(4) for _ in range(400)]

@@ -63,7 +63,7 @@ class Simulation:
         self.scheduler = Scheduler(self.blocks, block_size, max_num_seqs, max_rows, caching)
         self.block_size, self.max_num_seqs, self.max_rows = block_size, max_num_seqs, max_rows
         self.random = random.Random(seed)
-        self.rides = rides
+        self.rides, self.caching = rides, caching
         self.history: list[list[tuple[int, int, int]]] = []
         self.slots: dict[int, tuple[int, ...]] = {}
         self.live: list[Sequence] = []
@@ -86,9 +86,12 @@ class Simulation:
     def step(self) -> Schedule:
         known_before = {id(s): list(s.tokens) for s in self.live}
         running_before = list(self.scheduler.running)
+        prefills = self.scheduler.prefills_next
         schedule = self.scheduler.schedule()
         self.preemptions += schedule.preempted
         self.check(schedule, running_before)
+        if not prefills and not self.caching:  # a cached prefix lets in what would not fit without
+            assert all(work.sequence in running_before and work.num_known == 1 for work in schedule.work)
         for sequence in self.live:
             assert sequence.tokens == known_before[id(sequence)], "scheduling changes no token"
         self.history.append([(work.start, work.num_known, work.lookahead) for work in schedule.work])
@@ -304,6 +307,27 @@ class TestAdmission:
             engine.add(make_request(prompt_of(2, salt), 3))
         assert len(engine.step().work) == 2
         assert len(engine.scheduler.waiting) == 1
+
+    def test_a_step_with_prompts_is_foretold(self) -> None:
+        engine = engine_with(max_num_seqs=2, max_rows=4)
+        for salt in range(3):
+            engine.add(make_request(prompt_of(6, salt), 3))
+        foretold = []
+        while engine.live:
+            foretold.append(engine.scheduler.prefills_next)
+            starts = [work.start for work in engine.step().work if work.num_known > 1 or not work.start]
+            assert bool(starts) == foretold[-1]
+        assert {True, False} == set(foretold)
+
+    def test_what_waits_for_a_place_or_for_blocks_is_not_foretold(self) -> None:
+        for limits in ({"max_num_seqs": 1}, {"num_blocks": 3}):
+            engine = engine_with(**limits)
+            for salt in range(2):
+                engine.add(make_request(prompt_of(8, salt), 4))
+            assert engine.scheduler.prefills_next
+            engine.step()
+            assert len(engine.scheduler.waiting) == 1
+            assert not engine.scheduler.prefills_next
 
     def test_first_come_first_served(self) -> None:
         engine = engine_with(max_num_seqs=1)
