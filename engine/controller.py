@@ -38,7 +38,7 @@ HICCUP = 1.5
 """A time that much longer than its estimate counts as no more."""
 MARGIN = 1.02
 """Another width must promise this much more to be preferred to the last one."""
-LOOK_BUDGET = 0.04
+LOOK_BUDGET = 0.03
 """The part of the time that looks may cost, all together, while times are little known; an eighth of it later."""
 DRAFT_BUDGET = 0.007
 """The part of the time that drafts may cost where none pay, to hear of it when they do."""
