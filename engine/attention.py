@@ -64,11 +64,9 @@ class SDPAAttention:
         softcap: float | None = None,
     ) -> None:
         self.pool = pool
-        self.num_kv_heads, self.head_dim = pool.keys.shape[2:]
-        self.group = num_heads // self.num_kv_heads
-        self.kernel = SDPA(
-            self.num_kv_heads, self.group, self.head_dim, pool.block_size, scale, softcap, pool.keys.dtype
-        )
+        num_kv_heads, head_dim = pool.keys.shape[2:]
+        group = num_heads // num_kv_heads
+        self.kernel = SDPA(num_kv_heads, group, head_dim, pool.block_size, scale, softcap, pool.keys.dtype)
         layers = windows or [None] * len(pool.keys)
         self.windows = [None if window is None or window >= max_len else window for window in layers]
         kinds, device = frozenset(self.windows), pool.keys.device
@@ -112,15 +110,15 @@ class SDPAAttention:
         Slots begin with the block `first_block` and end with that of `position`. A view: the
         columns of the table end like them, row r stands for offset r within the block.
         """
-        size, table = self.pool.block_size, self._masks[window]
+        size, group, table = self.pool.block_size, self.kernel.group, self._masks[window]
         offset = position % size
         slots = (position // size + 1 - self.first_block(position, window)) * size
-        return table[offset * self.group : (offset + rows) * self.group, table.shape[1] - slots :]
+        return table[offset * group : (offset + rows) * group, table.shape[1] - slots :]
 
     def rider_mask(self, riders: RiderSegment, window: int | None = None) -> Tensor:
         """Additive mask [riders * group, slots]. What precedes the ridden rows is seen by all, within the window."""
-        size, keys = self.pool.block_size, self.pool.keys
-        near = _ancestor_mask(riders.num_ridden, riders.width, size, self.group, keys.dtype, keys.device)
+        size, group, keys = self.pool.block_size, self.kernel.group, self.pool.keys
+        near = _ancestor_mask(riders.num_ridden, riders.width, size, group, keys.dtype, keys.device)
         slots = len(riders.table) * size
         mask = F.pad(near[:, : slots - riders.position], (riders.position, 0))
         end = riders.position + riders.num_ridden
@@ -130,7 +128,7 @@ class SDPAAttention:
         own = (riders.position + 1 + rows + torch.arange(riders.width, device=keys.device)).flatten()
         positions = torch.cat((torch.arange(end, device=keys.device), own))
         hidden = positions <= own[:, None] - window
-        hidden = F.pad(hidden, (0, slots - hidden.shape[1])).repeat_interleave(self.group, dim=0)
+        hidden = F.pad(hidden, (0, slots - hidden.shape[1])).repeat_interleave(group, dim=0)
         return mask.masked_fill(hidden, float("-inf"))
 
     def part(self, segment: Segment, window: int | None) -> _Part:
@@ -144,7 +142,8 @@ class SDPAAttention:
         return self._part(riders.row, riders.num_rows, riders.num_rows, past, mask)
 
     def _part(self, row: int, wanted: int, padded: int, past: Past, mask: Tensor) -> _Part:
-        return _Part(row * self.group, wanted * self.group, padded * self.group, past, mask)
+        group = self.kernel.group
+        return _Part(row * group, wanted * group, padded * group, past, mask)
 
     def _padded(self, rows: int) -> int:
         return -(-rows // self.multiple) * self.multiple
@@ -183,24 +182,24 @@ class _SDPAPass:
         self._parts = [by_window[window] for window in backend.windows]
         self._first_draft = first_draft
         # The usual step of a single client: one segment, padded, is the whole batch.
-        parts, rows = self._parts[0], len(slots) * backend.group
+        parts, rows = self._parts[0], len(slots) * backend.kernel.group
         self._alone = len(parts) == 1 and parts[0].padded == rows
         self._beyond = rows - sum(part.wanted for part in parts)
 
     def __call__(self, layer: int, queries: Tensor, keys_values: Tensor) -> Tensor:
-        backend, parts = self._backend, self._parts[layer]
+        backend, kernel, parts = self._backend, self._backend.kernel, self._parts[layer]
         if self._first_draft is not None:
             # Others read these slots masked, which does not help against NaN; no adapter may break their rows.
             keys_values[self._first_draft :].nan_to_num_(0.0, 0.0, 0.0)
         backend.pool.write(layer, self._slots, keys_values)
         # Heads that share a KV head become rows of one product: [1, kv_heads, N * group, head_dim].
-        rows, shape = len(queries), (-1, backend.num_kv_heads, backend.head_dim)
+        rows, shape = len(queries), (-1, kernel.num_kv_heads, kernel.head_dim)
         folded = queries.reshape(shape).transpose(0, 1)[None]
         if self._alone:
-            out = backend.kernel.attend(folded, *parts[0].past[layer], parts[0].mask).transpose(1, 2)
+            out = kernel.attend(folded, *parts[0].past[layer], parts[0].mask).transpose(1, 2)
         else:
             pieces = [
-                backend.kernel.attend(folded.narrow(2, part.first, part.padded), *part.past[layer], part.mask)
+                kernel.attend(folded.narrow(2, part.first, part.padded), *part.past[layer], part.mask)
                 .transpose(1, 2)
                 .narrow(1, 0, part.wanted)
                 for part in parts

@@ -309,4 +309,4 @@ class TestMask:
         segments = [Segment(sum(sizes[:i]), size, 0, [0]) for i, size in enumerate(sizes)]
         assert attention.rows_read(segments) == rows
         parts = [attention.part(segment, None) for segment in segments]
-        assert max(part.first + part.padded for part in parts) == rows * attention.group
+        assert max(part.first + part.padded for part in parts) == rows * attention.kernel.group

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from skippy.engine.adapter import S3DAdapter
 from skippy.engine.adapter_files import load_adapter, save_adapter
 from skippy.engine.chain import Link, draft_chain
 from skippy.engine.drafters import s3d
+from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.errors import TrainingError
 from skippy.engine.families import parse_config
 from skippy.engine.model import CausalLM
 from skippy.engine.sampling import SamplingState
+from skippy.engine.training import data
 from skippy.engine.training import trainer as trainer_module
 from skippy.engine.training.data import (
     FREE_EVERY,
@@ -40,6 +43,7 @@ from skippy.engine.training.passes import draft_rows, teach
 from skippy.engine.training.run import load_base
 from skippy.engine.training.trainer import Trainer, hold_out, step_loss
 from skippy.engine.training.walk import accepted_counts
+from skippy.engine.types import StepOutput
 from skippy.engine.weights import open_checkpoint
 
 
@@ -102,6 +106,25 @@ class TestData:
         again = generate_samples(Engine(config), [], 8, 40, 3, lambda _: None)
         assert again == generate_samples(Engine(config), [], 8, 40, 3, lambda _: None)
         assert again != generate_samples(Engine(config), [], 8, 40, 4, lambda _: None)
+
+    def test_drafts_make_it_faster_and_change_nothing(
+        self, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = Engine(replace(config, drafter="none"))
+        drafted = Engine(replace(config, drafter="none"))
+        accepted: list[int] = []
+        run = drafted.run
+
+        def counted(requests: Iterable[Request], at_once: int) -> Iterator[StepOutput]:
+            for step in run(requests, at_once):
+                accepted.append(step.stats.accepted_tokens)
+                yield step
+
+        monkeypatch.setattr(drafted, "run", counted)
+        texts = generate_samples(drafted, [], 16, 40, 5, lambda _: None)
+        assert sum(accepted) > 0
+        monkeypatch.setattr(data, "HybridDrafter", NoDrafter)
+        assert generate_samples(plain, [], 16, 40, 5, lambda _: None) == texts
 
     def test_prompts_open_three_in_four_sequences_at_most_and_each_one_only(self, config: EngineConfig) -> None:
         few = [[5, 6, 7], [8] * 30, [5, 6, 7]]

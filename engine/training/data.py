@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.engine import Engine
 from skippy.engine.training.options import AT_ONCE
 from skippy.engine.types import Request, SamplingParams
@@ -47,7 +48,10 @@ def generate_samples(
 ) -> list[Sample]:
     """`count` sequences of `length` tokens, the same ones for the same arguments.
 
+    Half of them are greedy and repeat themselves, so drafts pay, as far as the controller finds.
+
     Args:
+        engine: one that shares drafts among requests.
         prompts: openings for all but one of FREE_EVERY sequences, cut to half of `length`. Each is
             used once, so that no sequence is there twice.
         progress: told now and then how many sequences are done.
@@ -114,7 +118,7 @@ def _first_token(engine: Engine, chooser: random.Random) -> int:
 
 def _request(place: int, opening: Sequence[int], count: int, temperature: float, seed: int) -> Request:
     params = SamplingParams(max_tokens=count, temperature=temperature, seed=seed, ignore_eos=True)
-    return Request(str(place), tuple(opening), params)
+    return Request(str(place), tuple(opening), params, drafter=HybridDrafter.name)
 
 
 def _write(engine: Engine, requests: Iterable[Request], progress: Progress) -> dict[int, list[int]]:

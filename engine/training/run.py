@@ -234,9 +234,10 @@ def _generate(job: _Job, display: Display) -> list[Sample]:
     engine = Engine(
         replace(
             config,
-            drafter="none",
+            drafter="none",  # no adapter: the text is for the first one, too
             adapter=None,
-            num_speculative_tokens=0,
+            share_drafts=True,
+            num_speculative_tokens=None,
             max_model_len=options.length,
             max_num_seqs=AT_ONCE,
             max_num_batched_tokens=max(1024, AT_ONCE),
