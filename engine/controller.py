@@ -45,7 +45,7 @@ DRAFT_BUDGET = 0.007
 LEAST_LOSS = 0.01
 """The part of a step's time that every look is taken to cost, so that equals are not compared all the time."""
 PATIENCE = 8
-"""Steps that a look is asked for in vain: rows or blocks may not allow its width, or prompts never end.
+"""Steps that a look is asked for in vain: rows or blocks may not allow its width.
 
 It takes two if nothing is in its way: a fused drafter drafts as widely as the step before let it.
 """
@@ -88,33 +88,35 @@ class Controller:
 
     def width(self, batch: int) -> int:
         """The width for the next step, of `batch` sequences."""
-        tokens = self._acceptance.tokens()
-        return self._times_of(batch).choose([self._others + self._share * count for count in tokens])
+        return self._times_of(batch).choose(self._tokens())
 
     def best(self, batch: int) -> int:
         """The width for a step that will not be observed, where to look at another one would be in vain."""
-        return self._times_of(batch).best
+        return self._times_of(batch).prefer(self._tokens())
 
     def observe(self, batch: int, width: float, seconds: float, accepted: Sequence[int], others: int = 0) -> None:
         """What became of a step.
 
         Args:
             batch: all its sequences.
-            width: the width that there was room for, on the average.
+            width: the width that there was room for, on the average; its time counts as that of the nearest one.
             accepted: of the draft of each sequence that was granted it, how many tokens were accepted.
             others: how many tokens the other sequences emitted.
         """
-        nearest = min(self._widths, key=lambda one: abs(one - width))
-        if nearest:
-            self._acceptance.observe(nearest, accepted)
+        self._acceptance.observe(int(width), accepted)
         self._share = DECAY * self._share + (1.0 - DECAY) * len(accepted) / batch
         self._others = DECAY * self._others + (1.0 - DECAY) * others / batch
+        nearest = min(self._widths, key=lambda one: abs(one - width))
         self._times_of(batch).observe(nearest, seconds / batch)
 
     def renewed(self) -> Controller:
         """One that begins with what this one knows of times, for drafts of which other shares are accepted."""
         seconds = {batch: times.seconds for batch, times in self._times.items()}
         return Controller(self.most, Prior(seconds=seconds, acceptance=()))
+
+    def _tokens(self) -> list[float]:
+        """By width, what a step promises per sequence."""
+        return [self._others + self._share * count for count in self._acceptance.tokens()]
 
     def _times_of(self, batch: int) -> _Times:
         key = batch_class(batch)
@@ -164,11 +166,7 @@ class _Acceptance:
 
 
 class _Times:
-    """Seconds per sequence of steps of about one batch size, by width, and which to choose.
-
-    Attributes:
-        best: the width with the most tokens per second, by what is known.
-    """
+    """Seconds per sequence of steps of about one batch size, by width, and which to choose."""
 
     def __init__(self, widths: Sequence[int], known: Mapping[int, float]) -> None:
         self._widths = widths
@@ -177,14 +175,20 @@ class _Times:
         self._clock = self._drafted_at = 0.0
         self._seen_at = dict.fromkeys(widths, 0.0)
         # Until something is known: a draft that is rarely much too long.
-        self.best = min(2, widths[-1])
+        self._best = min(2, widths[-1])
         # Widest first: it shows the acceptance at every depth.
-        self._first = [width for width in (self.best, 0, widths[-1]) if width not in known]
+        self._first = [width for width in (self._best, 0, widths[-1]) if width not in known]
         self._look: int | None = None
         self._asked = 0
 
+    def prefer(self, tokens: Sequence[float]) -> int:
+        """The best width by what is known, if width g promises tokens[g] per sequence."""
+        if self.seconds and not self._first:
+            self._weigh(tokens)
+        return self._best
+
     def choose(self, tokens: Sequence[float]) -> int:
-        """The width to be granted, if width g promises tokens[g] per sequence."""
+        """The width to be granted, be it to look at it, if width g promises tokens[g] per sequence."""
         if self._look is not None and self._asked == PATIENCE:
             self._seen_at[self._look] = self._clock
             self._look = None
@@ -192,7 +196,7 @@ class _Times:
             self._look = self._first.pop() if self._first else self._due(tokens)
             self._asked = 0
         if self._look is None:
-            return self.best
+            return self._best
         self._asked += 1
         return self._look
 
@@ -213,27 +217,32 @@ class _Times:
             self.seconds[width] = min(old, seconds)
             return
         new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED)
-        if count >= SETTLED and width == self.best:
+        if count >= SETTLED and width == self._best:
             for other in self.seconds:
                 self.seconds[other] *= (new / old) ** TOGETHER
         self.seconds[width] = new
+
+    def _weigh(self, tokens: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
+        """Seconds and tokens per second of every width; the best one may become another."""
+        seconds = {width: _interpolate(self.seconds, width) for width in self._widths}
+        rates = {width: tokens[width] / seconds[width] for width in self._widths}
+        best = max(rates, key=lambda width: rates[width])
+        if rates[best] > MARGIN * rates[self._best]:
+            self._best = best
+        return seconds, rates
 
     def _due(self, tokens: Sequence[float]) -> int | None:
         """Find the best width, and whether to look at another one before granting it."""
         if not self.seconds:
             return None
-        seconds = {width: _interpolate(self.seconds, width) for width in self._widths}
-        rates = {width: tokens[width] / seconds[width] for width in self._widths}
-        best = max(rates, key=lambda width: rates[width])
-        if rates[best] > MARGIN * rates[self.best]:
-            self.best = best
+        seconds, rates = self._weigh(tokens)
         # What a look at a width takes longer than its tokens take at the best one.
-        losses = {w: max(LEAST_LOSS * seconds[w], seconds[w] - tokens[w] / rates[self.best]) for w in self._widths}
-        if not self.best:
+        losses = {w: max(LEAST_LOSS * seconds[w], seconds[w] - tokens[w] / rates[self._best]) for w in self._widths}
+        if not self._best:
             width = max(self._widths[1:], key=lambda width: rates[width])
             if losses[width] <= DRAFT_BUDGET * (self._clock - self._drafted_at):
                 return width
-        due = [w for w in self._widths if w != self.best and losses[w] <= self._account(w)]
+        due = [w for w in self._widths if w != self._best and losses[w] <= self._account(w)]
         return max(due, key=lambda w: self._clock - self._seen_at[w], default=None)
 
     def _account(self, width: int) -> float:

@@ -150,14 +150,12 @@ class Drafting:
         """By drafter, how many tokens the next step is to make room for, for each sequence that leaves it to it.
 
         Args:
-            prefills: whether the step will carry prompts: it is not timed then.
+            prefills: whether the step is expected to carry prompts: it is not timed then.
         """
         decoding = [sequence for sequence in running if sequence.decoding]
         drafting = {sequence.drafter for sequence in decoding if sequence.adaptive}
         self._granted = {
-            name: (controller.best if prefills else controller.width)(len(decoding))
-            if name in drafting
-            else controller.most
+            name: self._width(name, len(decoding), prefills) if name in drafting else controller.most
             for name, controller in self._controllers.items()
         }
         hybrid = self.drafters.get(HybridDrafter.name)
@@ -212,6 +210,11 @@ class Drafting:
         for drafter in self.drafters.values():
             if isinstance(drafter, Keeper):
                 drafter.forget()
+
+    def _width(self, name: str, batch: int, prefills: bool) -> int:
+        controller = self._controllers[name]
+        # What rides in a step with prompts drafts in the next one, which may be timed.
+        return controller.best(batch) if prefills and not self.rides(name) else controller.width(batch)
 
     # Those within a hybrid are its own: drafters learn from their own sequences.
 

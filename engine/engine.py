@@ -168,6 +168,12 @@ class Engine:
         self._learner = None
         return False
 
+    def close(self) -> None:
+        """Nothing is to be served any more: keep what was learnt."""
+        with _at_most_logged("what was learnt last is lost"):
+            if self._learner is not None:
+                self._learner.save()
+
     def step(self) -> StepOutput:
         """Propose, verify, choose, accept, commit: one pass for whatever is scheduled.
 

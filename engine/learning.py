@@ -175,6 +175,7 @@ class Learner:
         self._seconds, self._longest, self._saved = 0.0, 0.0, time.monotonic()
         self._recipe: dict[str, Any] = {**asdict(self._adapter.config), "model": fingerprint(built.checkpoint)}
         self._resume()
+        self._saved_step = self.step
         self._pieces = self._learn()
 
     def hear(self, sequence: Sequence) -> None:
@@ -201,6 +202,11 @@ class Learner:
         self._seconds += seconds
         self._longest = max(self._longest, seconds)
         return True
+
+    def save(self) -> None:
+        """Keep what was learnt since the last time, as of the last step that is complete."""
+        if self.step != self._saved_step:
+            self._save()
 
     # --- the pieces; each yields where a request may come in between ---
 
@@ -327,7 +333,7 @@ class Learner:
         about = {"recipe": self._recipe, "seconds": self._seconds, "is_new": self._is_new}
         state = training_state("adapter", self._adapter, [self._optimizer], self.step)
         save_tensors(self._folder / CHECKPOINT, state, about)
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self.step
 
     def _resume(self) -> None:
         """Go on from the folder's checkpoint, if it has one, and see that another can be written, by nobody else."""

@@ -7,7 +7,7 @@ served before what waits, which is let in while rows, blocks and places last. A 
 sequence that finds no block preempts the newest one, which is recomputed later
 and, because its noise depends on token indices alone, goes on with the same tokens.
 
-Drafts take blocks and rows that are left when all that is decided; where prompts wait, half of the
+Drafts take blocks and rows that are left when all that is decided; where prompts wait, half of those
 rows at most. Riders, the rows of a fused drafter, take what is left behind those. Their blocks go
 back after the step. So drafting preempts nobody, and keeps nobody waiting for a block.
 """
@@ -121,8 +121,8 @@ class Scheduler:
             widths: by drafter, the most tokens to draft for each adaptive sequence, now and, by riders, next time.
         """
         wanted = {sequence: self._wanted_lookahead(sequence, widths) for sequence in self.running}
-        # Prompts get what drafts leave, and half of the rows at least.
-        kept = min(sum(wanted.values()), self._max_rows // 2, self._max_rows - len(self.running))
+        # Prompts get what drafts leave, and half of what decoding leaves at least.
+        kept = min(sum(wanted.values()), (self._max_rows - len(self.running)) // 2)
         work, preempted = self._go_on(self._max_rows - kept)
         rows = self._max_rows - kept - sum(one.num_known for one in work)
         if not preempted:

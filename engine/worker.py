@@ -50,6 +50,7 @@ class Worker:
 
     def run(self) -> int:
         """Serve until the pipe closes. Returns the exit code."""
+        engine: Engine | None = None
         try:
             config, early = self._await_start()
             try:
@@ -74,6 +75,8 @@ class Worker:
                 if not engine.has_work:
                     engine.check()  # a block that is lost, or held twice, would cost exactness in the end
         except (_Hangup, BrokenPipeError):
+            if engine is not None:
+                engine.close()
             return 0
         except Exception as error:
             logger.exception("the engine cannot go on")

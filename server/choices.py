@@ -15,7 +15,7 @@ class TextOptions:
     """How tokens become text, the same for every choice of a request.
 
     Attributes:
-        min_tokens: the text of this many first tokens is not searched for stop strings.
+        min_tokens: a stop string counts if its last character comes behind this many tokens.
     """
 
     stop: Sequence[str] = ()
@@ -67,7 +67,7 @@ class Choice:
         self._logprobs = Logprobs()
         """Those of tokens whose text is not out yet."""
         self._length = 0
-        """Characters up to here, shown or held back."""
+        """Characters up to here, shown or held back; below 0 in what the tokenizer put before a prompt."""
         self._started = False
         self.completion_tokens = 0
         self.counts = DraftCounts()
@@ -103,20 +103,22 @@ class Choice:
         """The echoed prompt."""
         if not self._options.echo:
             return ""
-        pieces = []
-        known = output.prompt_logprobs
-        for position, token_id in enumerate(self._prompt):
-            if known is not None:
-                self._add_logprobs(token_id, known[position])
-            pieces.append(self._text.push(token_id))
-            self._length += len(pieces[-1])
-        text = "".join(pieces) if self._prompt_text is None else self._prompt_text
+        pieces = [self._text.push(token_id) for token_id in self._prompt]
+        text = "".join(pieces)
+        if self._prompt_text is not None:
+            # Special tokens that its author wrote are shown, and not what the tokenizer put before the text.
+            spelled = Detokenizer(self._tokenizer, skip_special_tokens=False)
+            pieces, text = [spelled.push(token_id) for token_id in self._prompt], self._prompt_text
+            self._length = min(0, len(text) - sum(map(len, pieces)))
+        for token_id, piece, known in zip(self._prompt, pieces, output.prompt_logprobs or (), strict=False):
+            self._add_logprobs(token_id, known)
+            self._length += len(piece)
         self._length = len(text)
         return text
 
     def _search(self, text: str) -> str:
         self._length += len(text)
-        return text if self.completion_tokens <= self._options.min_tokens else self._stops.push(text)
+        return self._stops.push(text, ends=self.completion_tokens > self._options.min_tokens)
 
     def _delta(self, shown: list[str], finish_reason: str | None = None, stop_reason: str | int | None = None) -> Delta:
         logprobs, self._logprobs = self._logprobs, Logprobs()
@@ -126,7 +128,7 @@ class Choice:
         """`known` is None for the first token of a prompt, which nothing predicts."""
         entries = self._logprobs
         entries.tokens.append(self._spell(token_id))
-        entries.text_offset.append(self._length)
+        entries.text_offset.append(max(0, self._length))
         if known is None:
             entries.token_logprobs.append(None)
             entries.top_logprobs.append(None)

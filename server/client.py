@@ -197,10 +197,9 @@ class AsyncEngineClient:
 
     async def close(self) -> None:
         """End the process and release everything. Waiters hear that the server stops."""
-        loaded = self.info is not None and self.dead is None
         self.give_up("The server is shutting down.")
         self._commands.close()
-        if self._process.returncode is None and not loaded:
+        if self._process.returncode is None and self.info is None:
             self._signal(signal.SIGTERM)  # while it loads, it does not watch its commands
         try:
             async with asyncio.timeout(STOP_SECONDS):
@@ -229,7 +228,11 @@ class AsyncEngineClient:
 
     def send(self, command: Command) -> None:
         """Pass a command on without waiting; a dead engine gets none."""
-        if self.dead is None:
+        if self.dead is not None:
+            return
+        # It may be dead before its supervisor knows, who will then tell all that wait. RuntimeError: uvloop, of a
+        # pipe that was found broken before.
+        with suppress(OSError, RuntimeError):
             self._commands.write(encode(command))
 
     def _receive(self, data: bytes) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from msgspec import UNSET, UnsetType
 
-from skippy.engine import SequenceOutput, SkippyError
+from skippy.engine import SequenceOutput
 from skippy.server.choices import Choice, Collected, Delta, TextOptions
 from skippy.server.client import AsyncEngineClient, Generation
 from skippy.server.errors import ApiError
@@ -54,7 +54,18 @@ def router(serving: Serving, metrics: Metrics, admission: Admission) -> APIRoute
 def _describe_body() -> dict[str, Any]:
     """The body is parsed by hand, whatever its content type says; OpenAPI still shows its schema."""
     schema = CompletionRequest.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    definitions = schema.pop("$defs")
+
+    def inlined(node: Any) -> Any:
+        """Its references would lead nowhere where it is put."""
+        if isinstance(node, list):
+            return [inlined(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        name = node.get("$ref", "").rpartition("/")[2]
+        return inlined(definitions[name]) if name else {key: inlined(value) for key, value in node.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
 
 
 class Measured:
@@ -157,7 +168,7 @@ class CompletionRun:
             try:
                 with client.generate(*self._requests) as generation:
                     yield generation
-            except (ApiError, SkippyError):
+            except Exception:
                 left_as = "error"
                 raise
             finally:

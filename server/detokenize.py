@@ -79,9 +79,13 @@ class _Matcher:
         self._fallback = _fallbacks(pattern)
 
     def push(self, char: str) -> bool:
-        """Whether `char` completes the pattern. Not to be called again once it did."""
+        """Whether `char` completes the pattern. If it does, `go_on` before the next one."""
         self.matched = self._advance(self.matched, char)
         return self.matched == len(self.pattern)
+
+    def go_on(self) -> None:
+        """Look for the pattern again, where it overlaps with the one just found at the earliest."""
+        self.matched = self._fallback[-1]
 
     def _advance(self, matched: int, char: str) -> int:
         while matched and self.pattern[matched] != char:
@@ -103,17 +107,23 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """The text that may be shown now; `matched` is set once a stop string is complete."""
+    def push(self, text: str, ends: bool = True) -> str:
+        """The text that may be shown now; `matched` is set once a stop string is complete.
+
+        Args:
+            ends: whether one that is complete within this text counts. If not, it is text like any other.
+        """
         if not self._matchers:
             return text
         text, new = self._held + text, text
         for end, char in enumerate(new, start=len(text) - len(new) + 1):
             # Every matcher sees every character, also when another one is complete.
             complete = [matcher for matcher in self._matchers if matcher.push(char)]
-            if complete:
+            if complete and ends:
                 self.matched, self._held = complete[0].pattern, ""
                 return text[: end if self._include else end - len(self.matched)]
+            for matcher in complete:
+                matcher.go_on()
         shown = len(text) - max(matcher.matched for matcher in self._matchers)
         self._held = text[shown:]
         return text[:shown]

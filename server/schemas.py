@@ -67,9 +67,7 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_means_default(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
 class StreamOptions(_Body):
@@ -126,9 +124,7 @@ class CompletionRequest(_Body):
     def _drop_what_has_no_effect(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {
-            name: value for name, value in data.items() if name not in NO_EFFECT or value not in (None, NO_EFFECT[name])
-        }
+        return {name: value for name, value in data.items() if name not in NO_EFFECT or value != NO_EFFECT[name]}
 
 
 class Logprobs(msgspec.Struct):

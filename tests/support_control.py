@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 RECORDED = Path(__file__).parent / "data" / "builtin_drafts.json"
-"""Of the first built-in model, of ten layers, and its adapter."""
+"""Of the built-in model and its adapter."""
 MOST_CLIENTS = 32
 CLIENTS = (1, 4, 16, 32, 0)
 """Loads of a trace; 0 where they come and go."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -90,6 +92,18 @@ def test_models(server: LiveServer) -> None:
         assert sdk.models.retrieve("builtin").owned_by == "skippy"
         with pytest.raises(openai.NotFoundError):
             sdk.models.retrieve("other")
+
+
+def test_the_schema_describes_the_body_and_every_reference_in_it_leads_somewhere(server: LiveServer) -> None:
+    text = httpx.get(f"{server.url}/openapi.json").text
+    schema = json.loads(text)
+    body = schema["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "continuous_usage_stats" in json.dumps(body["properties"]["stream_options"])
+    assert "num_speculative_tokens" in json.dumps(body["properties"]["skippy"])
+    for reference in re.findall(r'"\$ref": ?"#/([^"]+)"', text):
+        node = schema
+        for name in reference.split("/"):
+            node = node[name]
 
 
 def test_a_served_model_name_replaces_the_folder(server_with: ServerFactory) -> None:

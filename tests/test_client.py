@@ -171,6 +171,19 @@ def test_every_waiter_present_and_future_hears_that_the_engine_died() -> None:
     run(test)
 
 
+def test_whoever_comes_before_it_is_known_that_the_engine_died_hears_of_it_too() -> None:
+    async def test() -> None:
+        async with engine() as client:
+            await client.ready()
+            os.kill(client.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, client.pid, os.WEXITED | os.WNOWAIT)  # while the event loop stands still
+            assert client.dead is None
+            with client.generate(request("a"), request("b")) as generation, pytest.raises(EngineDead, match="SIGKILL"):
+                await anext(generation)
+
+    run(test)
+
+
 @pytest.mark.parametrize("options", [(), ("--load-seconds", "30"), ("--fatal", "x"), ("--deaf",)])
 def test_closing_leaves_nothing_behind(options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "STOP_SECONDS", 0.5)

@@ -191,6 +191,15 @@ def test_nothing_is_looked_at_in_a_step_that_is_not_observed() -> None:
     assert set(asked) > {0}, "else there was nothing to look at"
 
 
+def test_the_best_is_told_by_all_that_is_known() -> None:
+    times = {width: 1.0 + 0.4 * width for width in range(MOST + 1)}
+    prior = Prior(seconds={4: times, 8: times}, acceptance=[1.0] * MOST)
+    controller = Controller(MOST, prior)
+    assert controller.best(4) == controller.best(8) == MOST
+    drive(controller, 4, lambda width: times[width], 0.0, SETTLED)
+    assert controller.best(4) == controller.best(8) == 0, "drafts are rejected at any batch size"
+
+
 def test_room_for_nearly_all_of_a_width_is_a_look_at_it() -> None:
     """Near their end, sequences draft less than they are granted."""
     controller = Controller(16)
@@ -199,6 +208,15 @@ def test_room_for_nearly_all_of_a_width_is_a_look_at_it() -> None:
         first.append(controller.width(8))
         controller.observe(8, 0.92 * first[-1], 1.0, [0] * 8)
     assert first.count(16) == 2
+
+
+def test_what_there_was_no_room_for_was_not_refused() -> None:
+    controller = Controller(16)
+    for _ in range(200):
+        controller.width(8)
+        controller.observe(8, 14.0, 1.0, [14] * 8)
+    tokens = controller._acceptance.tokens()
+    assert tokens[16] > 16.9
 
 
 def test_without_any_measurement_drafts_are_short() -> None:

@@ -107,10 +107,11 @@ def test_time_grows_linearly_even_for_endless_bad_bytes() -> None:
     assert seconds[1] < 50 * seconds[0], "100 times as long would be quadratic"
 
 
-def feed(stops: StopStrings, chunks: Sequence[str]) -> tuple[str, str | None]:
+def feed(stops: StopStrings, chunks: Sequence[str], without_end: int = 0) -> tuple[str, str | None]:
+    """What is shown and what matched; nothing ends the text within the first chunks."""
     shown = ""
-    for chunk in chunks:
-        shown += stops.push(chunk)
+    for place, chunk in enumerate(chunks):
+        shown += stops.push(chunk, ends=place >= without_end)
         if stops.matched is not None:
             return shown, stops.matched
     return shown + stops.flush(), None
@@ -147,13 +148,20 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     stops=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     include=st.booleans(),
     cuts=st.lists(st.integers(0, 30), max_size=6),
+    without_end=st.integers(0, 7),
 )
-def test_chunks_do_not_matter(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
+def test_chunks_do_not_matter(text: str, stops: list[str], include: bool, cuts: list[int], without_end: int) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     chunks = [text[start:end] for start, end in pairwise(edges)]
-    ends = sorted((text.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text)
+    first = len("".join(chunks[:without_end]))
+    ends = sorted(
+        (end, -len(stop), stop)
+        for end in range(first + 1, len(text) + 1)
+        for stop in stops
+        if text[:end].endswith(stop)
+    )
     expected: tuple[str, str | None] = (text, None)
     if ends:
         end, _, stop = ends[0]
         expected = (text[: end if include else end - len(stop)], stop)
-    assert feed(StopStrings(stops, include), chunks) == expected
+    assert feed(StopStrings(stops, include), chunks, without_end) == expected

@@ -86,12 +86,17 @@ class Simulation:
     def step(self) -> Schedule:
         known_before = {id(s): list(s.tokens) for s in self.live}
         running_before = list(self.scheduler.running)
+        decoding_before = [sequence for sequence in running_before if sequence.decoding]
+        held_before = sum(len(sequence.table) for sequence in running_before)
         prefills = self.scheduler.prefills_next
         schedule = self.scheduler.schedule()
         self.preemptions += schedule.preempted
         self.check(schedule, running_before)
+        prefilled = not all(work.sequence in decoding_before for work in schedule.work)
         if not prefills and not self.caching:  # a cached prefix lets in what would not fit without
-            assert all(work.sequence in running_before and work.num_known == 1 for work in schedule.work)
+            assert not prefilled
+        if prefills and not schedule.preempted and sum(len(s.table) for s in running_before) == held_before:
+            assert prefilled, "it was foretold, and decoding took no block"
         for sequence in self.live:
             assert sequence.tokens == known_before[id(sequence)], "scheduling changes no token"
         self.history.append([(work.start, work.num_known, work.lookahead) for work in schedule.work])
@@ -370,17 +375,20 @@ class TestRows:
             engine.scheduler.waiting.pop()
         assert rows_of(engine.step()) == [6, 1, 1]
 
-    def test_drafts_leave_a_prompt_half_of_the_rows(self) -> None:
-        engine = engine_with(num_blocks=100, max_num_seqs=8, max_rows=32)
-        for salt in range(7):
-            engine.add(make_request(prompt_of(1, salt), 20), max_draft=16)
-        engine.step()
-        engine.add(make_request(prompt_of(60, 9), 2))
-        for left in (60, 45):
-            work = engine.scheduler.schedule().work
-            assert work[-1].num_known >= min(left, 32 // 2 - 7)
-            assert all(one.lookahead >= 2 for one in work[:-1])
+    @pytest.mark.parametrize(("decoding", "max_rows", "left"), [(7, 32, 25), (4, 8, 4), (5, 6, 1)])
+    def test_drafts_leave_a_prompt_half_of_what_decoding_leaves(self, decoding: int, max_rows: int, left: int) -> None:
+        """And so it is let in, however many decode."""
+        engine = engine_with(num_blocks=100, max_num_seqs=decoding + 1, max_rows=max_rows)
+        for salt in range(decoding):
+            engine.add(make_request(prompt_of(1, salt), 60), max_draft=16)
+        while not all(sequence.decoding for sequence in engine.live):
             engine.step()
+        engine.add(make_request(prompt_of(60, salt=9), 2))
+        for _ in range(2):
+            work = engine.step().work
+            assert [one.num_known for one in work[:-1]] == [1] * decoding
+            assert work[-1].num_known >= left / 2
+            assert sum(one.lookahead for one in work) >= (left - 1) // 2
 
     def test_drafts_preempt_nobody(self) -> None:
         engine = engine_with(num_blocks=4)

@@ -35,6 +35,7 @@ def test_null_is_the_default_and_no_ops_are_accepted() -> None:
     assert parse('{"prompt": "a", "suffix": null, "use_beam_search": false, "length_penalty": 1}') == plain
     assert parse('{"prompt": "a", "response_format": {"type": "text"}}') == plain
     assert parse('{"prompt": "a", "response_format": null, "add_special_tokens": null}') == plain
+    assert parse('{"prompt": "a", "tools": null, "skippy": {"foo": null}}') == plain
 
 
 def test_maps_and_single_stop_strings() -> None:
@@ -67,7 +68,7 @@ def test_maps_and_single_stop_strings() -> None:
         ('{"prompt": "a", "logit_bias": [1]}', "logit_bias", "invalid_type"),
         ('{"prompt": "a", "stop": ["a", 5]}', "stop", "invalid_type"),
         ('{"prompt": "a", "stop": ""}', "stop", "invalid_value"),
-        ('{"prompt": "a", "foo": null}', "foo", "unknown_parameter"),
+        ('{"prompt": "a", "foo": 0}', "foo", "unknown_parameter"),
         ('{"prompt": "a", "use_beam_search": true}', "use_beam_search", "unknown_parameter"),
         ('{"prompt": "a", "skippy": {"drafter": 5}}', "skippy.drafter", "invalid_type"),
         ('{"prompt": "a", "stream_options": {"x": 1}}', "stream_options.x", "unknown_parameter"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support_engine import write_checkpoint
 
-from skippy.engine import EngineConfig, Request, SamplingParams
+from skippy.engine import Engine, EngineConfig, Request, SamplingParams
 from skippy.engine.messages import (
     Abort,
     Add,
@@ -250,6 +250,12 @@ class TestEnds:
                 rest.append(event)
             assert process.exit_code() == 0
             assert len(rest) < 200, "it did not finish the request first"
+
+    def test_closing_the_pipe_closes_the_engine(self, config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        closed: list[Engine] = []
+        monkeypatch.setattr(Engine, "close", closed.append)
+        code, _ = in_process(Start(config))
+        assert (code, len(closed)) == (0, 1)
 
     def test_closing_the_pipe_before_the_start_ends_it(self) -> None:
         assert in_process() == (0, [])

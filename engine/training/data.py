@@ -46,7 +46,7 @@ class Sample:
 def generate_samples(
     engine: Engine, prompts: Iterable[Sequence[int]], count: int, length: int, seed: int, progress: Progress
 ) -> list[Sample]:
-    """`count` sequences of `length` tokens, the same ones for the same arguments.
+    """`count` sequences of `length` tokens, the same ones for the same arguments, on a CPU to the bit.
 
     Half of them are greedy and repeat themselves, so drafts pay, as far as the controller finds.
 

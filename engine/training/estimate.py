@@ -227,7 +227,7 @@ def _step(s: _Shape) -> Iterator[tuple[str, Work]]:
 
 
 def _text(s: _Shape) -> Work:
-    """AT_ONCE sequences at a time, a token of each per pass."""
+    """AT_ONCE sequences at a time, a token of each per pass: without drafts, so it may be less."""
     tokens = s.options.sequences * s.options.length
     passes = max(1.0, tokens / AT_ONCE)
     layers, head = s.products(tokens, s.layers), s.precision.itemsize * s.head_weights

@@ -234,13 +234,13 @@ def _generate(job: _Job, display: Display) -> list[Sample]:
     engine = Engine(
         replace(
             config,
-            drafter="none",  # no adapter: the text is for the first one, too
+            drafter="none",  # so that no adapter beside the model is read; the requests name theirs
             adapter=None,
             share_drafts=True,
             num_speculative_tokens=None,
             max_model_len=options.length,
             max_num_seqs=AT_ONCE,
-            max_num_batched_tokens=max(1024, AT_ONCE),
+            max_num_batched_tokens=8 * AT_ONCE,
             enable_prefix_caching=False,
         )
     )
