@@ -230,9 +230,9 @@ class AsyncEngineClient:
         """Pass a command on without waiting; a dead engine gets none."""
         if self.dead is not None:
             return
-        # It may be dead before its supervisor knows, who will then tell all that wait. RuntimeError: uvloop, of a
-        # pipe that was found broken before.
-        with suppress(OSError, RuntimeError):
+        # It may be dead before the supervisor knows, who then tells all that wait. That is how uvloop says that the
+        # pipe is broken.
+        with suppress(RuntimeError):
             self._commands.write(encode(command))
 
     def _receive(self, data: bytes) -> None:

@@ -16,6 +16,7 @@ import pytest
 import uvloop
 
 from skippy.engine import EngineConfig, EngineDead, Request, SamplingParams, StepStats
+from skippy.engine.messages import Abort
 from skippy.server import client as client_module
 from skippy.server.client import AsyncEngineClient
 
@@ -178,6 +179,8 @@ def test_whoever_comes_before_it_is_known_that_the_engine_died_hears_of_it_too()
             os.kill(client.pid, signal.SIGKILL)
             os.waitid(os.P_PID, client.pid, os.WEXITED | os.WNOWAIT)  # while the event loop stands still
             assert client.dead is None
+            client.send(Abort("a"))
+            await asyncio.sleep(0)  # now the pipe is known to be broken, and nothing else
             with client.generate(request("a"), request("b")) as generation, pytest.raises(EngineDead, match="SIGKILL"):
                 await anext(generation)
 

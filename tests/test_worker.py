@@ -253,7 +253,11 @@ class TestEnds:
 
     def test_closing_the_pipe_closes_the_engine(self, config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         closed: list[Engine] = []
-        monkeypatch.setattr(Engine, "close", closed.append)
+
+        def close(engine: Engine) -> None:
+            closed.append(engine)
+
+        monkeypatch.setattr(Engine, "close", close)
         code, _ = in_process(Start(config))
         assert (code, len(closed)) == (0, 1)
 
