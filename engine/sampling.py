@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -200,7 +201,7 @@ def _sample(scaled: Tensor, params: Sequence[SamplingParams], keys: Sequence[int
     probs = torch.softmax(scaled, -1)
     keep = survivors(probs, params)
     folded = to_device([fold(key) for key in keys], probs.device).int()
-    bits = noise_bits(folded[:, None], torch.arange(probs.shape[1], dtype=torch.int32, device=probs.device))
+    bits = _bits(_mixed_ids(probs.shape[1], probs.device) ^ folded[:, None])
     top, place = probs.max(-1, keepdim=True)
     best = top.double() / exponential(bits.gather(1, place))
     # A thousandth more than the bound, so that float32 rounding rules nobody out.
@@ -220,7 +221,17 @@ def fold(key: int) -> int:
 
 def noise_bits(keys: Tensor, ids: Tensor) -> Tensor:
     """24 uniform bits, int32, for every pair of a folded key and a token id (int32, broadcast)."""
-    return (_mix32(_mix32(ids) ^ keys) >> 8) & 0xFFFFFF
+    return _bits(_mix32(ids) ^ keys)
+
+
+@lru_cache(4)
+def _mixed_ids(vocab_size: int, device: torch.device) -> Tensor:
+    """[V] int32: what `noise_bits` makes of every token id, whatever the key. Half of its work."""
+    return _mix32(torch.arange(vocab_size, dtype=torch.int32, device=device))
+
+
+def _bits(mixed: Tensor) -> Tensor:
+    return (_mix32(mixed) >> 8).bitwise_and_(0xFFFFFF)
 
 
 def exponential(bits: Tensor) -> Tensor:
@@ -298,11 +309,12 @@ def _mix64(x: int) -> int:
 
 def _mix32(x: Tensor) -> Tensor:
     """A bijective 32-bit mixer in wrapping int32 arithmetic; `>>` keeps the sign, so it is masked."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _signed32(0x846CA68B)
-    return x ^ ((x >> 16) & 0xFFFF)
+    x = x ^ (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= _signed32(0x846CA68B)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 def _mix32_int(x: int) -> int:
