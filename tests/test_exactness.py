@@ -54,7 +54,8 @@ def test_neither_cache_nor_chunks_nor_preemption_change_a_token(
         if "kv_cache_memory_bytes" in config:
             assert tallies[name].preemptions > 0
         if "max_num_batched_tokens" in config:
-            assert tallies[name].prefill_chunks > 70
+            # In each mode four prompts one by one, then four in two steps, if none came in chunks.
+            assert tallies[name].prefill_chunks > 6 * len(MODES)
 
 
 @pytest.mark.parametrize(
