@@ -19,6 +19,7 @@ There is no clock and no chance in here: the same calls get the same answers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
@@ -90,9 +91,14 @@ class Controller:
         """The width for the next step, of `batch` sequences."""
         return self._times_of(batch).choose(self._tokens())
 
-    def best(self, batch: int) -> int:
-        """The width for a step that will not be observed, where to look at another one would be in vain."""
-        return self._times_of(batch).prefer(self._tokens())
+    def best(self, batch: int, rides: bool = False) -> int:
+        """The width for a step that will not be observed, where to look at another one would be in vain.
+
+        Args:
+            rides: whether this decides how widely the next step can draft: then a look that was begun goes on.
+        """
+        times = self._times_of(batch)
+        return times.look if rides and times.look is not None else times.prefer(self._tokens())
 
     def observe(self, batch: int, width: float, seconds: float, accepted: Sequence[int], others: int = 0) -> None:
         """What became of a step.
@@ -103,10 +109,10 @@ class Controller:
             accepted: of the draft of each sequence that was granted it, how many tokens were accepted.
             others: how many tokens the other sequences emitted.
         """
-        self._acceptance.observe(int(width), accepted)
+        nearest = min(self._widths, key=lambda one: abs(one - width))
+        self._acceptance.observe(min(nearest, math.ceil(width)), accepted)
         self._share = DECAY * self._share + (1.0 - DECAY) * len(accepted) / batch
         self._others = DECAY * self._others + (1.0 - DECAY) * others / batch
-        nearest = min(self._widths, key=lambda one: abs(one - width))
         self._times_of(batch).observe(nearest, seconds / batch)
 
     def renewed(self) -> Controller:
@@ -166,7 +172,11 @@ class _Acceptance:
 
 
 class _Times:
-    """Seconds per sequence of steps of about one batch size, by width, and which to choose."""
+    """Seconds per sequence of steps of about one batch size, by width, and which to choose.
+
+    Attributes:
+        look: the width that is looked at until it was timed.
+    """
 
     def __init__(self, widths: Sequence[int], known: Mapping[int, float]) -> None:
         self._widths = widths
@@ -178,7 +188,7 @@ class _Times:
         self._best = min(2, widths[-1])
         # Widest first: it shows the acceptance at every depth.
         self._first = [width for width in (self._best, 0, widths[-1]) if width not in known]
-        self._look: int | None = None
+        self.look: int | None = None
         self._asked = 0
 
     def prefer(self, tokens: Sequence[float]) -> int:
@@ -189,16 +199,16 @@ class _Times:
 
     def choose(self, tokens: Sequence[float]) -> int:
         """The width to be granted, be it to look at it, if width g promises tokens[g] per sequence."""
-        if self._look is not None and self._asked == PATIENCE:
-            self._seen_at[self._look] = self._clock
-            self._look = None
-        if self._look is None:
-            self._look = self._first.pop() if self._first else self._due(tokens)
+        if self.look is not None and self._asked == PATIENCE:
+            self._seen_at[self.look] = self._clock
+            self.look = None
+        if self.look is None:
+            self.look = self._first.pop() if self._first else self._due(tokens)
             self._asked = 0
-        if self._look is None:
+        if self.look is None:
             return self._best
         self._asked += 1
-        return self._look
+        return self.look
 
     def observe(self, width: int, seconds: float) -> None:
         self._clock += seconds
@@ -208,8 +218,8 @@ class _Times:
         self._counts[width] += 1
         self._learn(width, seconds, self._counts[width])
         # The first time of anything may be slow, so a look at something new takes two.
-        if width == self._look and self._counts[width] > 1:
-            self._look = None
+        if width == self.look and self._counts[width] > 1:
+            self.look = None
 
     def _learn(self, width: int, seconds: float, count: int) -> None:
         old = _interpolate(self.seconds, width) if width in self.seconds else seconds

@@ -213,8 +213,7 @@ class Drafting:
 
     def _width(self, name: str, batch: int, prefills: bool) -> int:
         controller = self._controllers[name]
-        # What rides in a step with prompts drafts in the next one, which may be timed.
-        return controller.best(batch) if prefills and not self.rides(name) else controller.width(batch)
+        return controller.best(batch, self.rides(name)) if prefills else controller.width(batch)
 
     # Those within a hybrid are its own: drafters learn from their own sequences.
 

@@ -134,7 +134,8 @@ class Sweep(Controller):
         self._last = _Granted(batch, width, counts)
         return width
 
-    def best(self, batch: int) -> int:
+    def best(self, batch: int, rides: bool = False) -> int:
+        del rides
         return self.width(batch)
 
     def observe(self, batch: int, width: float, seconds: float, accepted: Sequence[int], others: int = 0) -> None:

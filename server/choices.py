@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from skippy.engine import DraftCounts, SequenceOutput, Tokenizer, TokenLogprobs
@@ -67,7 +67,7 @@ class Choice:
         self._logprobs = Logprobs()
         """Those of tokens whose text is not out yet."""
         self._length = 0
-        """Characters up to here, shown or held back; below 0 in what the tokenizer put before a prompt."""
+        """Characters up to here, shown or held back."""
         self._started = False
         self.completion_tokens = 0
         self.counts = DraftCounts()
@@ -104,17 +104,28 @@ class Choice:
         if not self._options.echo:
             return ""
         pieces = [self._text.push(token_id) for token_id in self._prompt]
-        text = "".join(pieces)
-        if self._prompt_text is not None:
-            # Special tokens that its author wrote are shown, and not what the tokenizer put before the text.
-            spelled = Detokenizer(self._tokenizer, skip_special_tokens=False)
-            pieces, text = [spelled.push(token_id) for token_id in self._prompt], self._prompt_text
-            self._length = min(0, len(text) - sum(map(len, pieces)))
-        for token_id, piece, known in zip(self._prompt, pieces, output.prompt_logprobs or (), strict=False):
-            self._add_logprobs(token_id, known)
-            self._length += len(piece)
+        text = "".join(pieces) if self._prompt_text is None else self._prompt_text
+        if output.prompt_logprobs is not None:
+            places = self._places(text, pieces)
+            for token_id, known, place in zip(self._prompt, output.prompt_logprobs, places, strict=True):
+                self._length = place
+                self._add_logprobs(token_id, known)
         self._length = len(text)
         return text
+
+    def _places(self, text: str, pieces: list[str]) -> Iterator[int]:
+        """Where each token of the prompt begins in its text, if these are the pieces that became visible of it."""
+        place = 0
+        if self._prompt_text is not None:
+            # Special tokens that its author wrote are in it, and what the tokenizer puts around it is not.
+            spelled = Detokenizer(self._tokenizer, skip_special_tokens=False)
+            pieces = [spelled.push(token_id) for token_id in self._prompt]
+            if self._prompt[0] in self._tokenizer.special_ids and not text.startswith(pieces[0]):
+                place = -len(pieces[0])
+                place -= "".join(pieces[1:2]).startswith(" ") and not text.startswith(" ")
+        for piece in pieces:
+            yield min(max(0, place), len(text))
+            place += len(piece)
 
     def _search(self, text: str) -> str:
         self._length += len(text)
@@ -128,7 +139,7 @@ class Choice:
         """`known` is None for the first token of a prompt, which nothing predicts."""
         entries = self._logprobs
         entries.tokens.append(self._spell(token_id))
-        entries.text_offset.append(max(0, self._length))
+        entries.text_offset.append(self._length)
         if known is None:
             entries.token_logprobs.append(None)
             entries.top_logprobs.append(None)

@@ -62,8 +62,8 @@ def _describe_body() -> dict[str, Any]:
             return [inlined(item) for item in node]
         if not isinstance(node, dict):
             return node
-        name = node.get("$ref", "").rpartition("/")[2]
-        return inlined(definitions[name]) if name else {key: inlined(value) for key, value in node.items()}
+        rest = {key: inlined(value) for key, value in node.items() if key != "$ref"}
+        return {**inlined(definitions[node["$ref"].rpartition("/")[2]]), **rest} if "$ref" in node else rest
 
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
 

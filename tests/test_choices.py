@@ -65,10 +65,18 @@ def test_offsets_do_not_count_what_the_tokenizer_puts_before_a_prompt(
 
 def test_offsets_of_words_that_are_marked_by_spaces(sentencepiece: Tokenizer) -> None:
     text, logprobs = echoed(sentencepiece, "to to", skip_special_tokens=False)
-    assert text == "to to to to"[: len(text)]
-    assert logprobs.text_offset[:1] == [0]
-    assert logprobs.text_offset == sorted(logprobs.text_offset)
-    assert logprobs.text_offset[3:4] == [5], "the first token behind the prompt"
+    assert text == "to to to to"
+    assert logprobs.tokens == ["<s>", " to", " to", " to", " to"]
+    assert logprobs.text_offset == [0, 0, 2, 5, 8]
+
+
+def test_offsets_do_not_count_what_the_tokenizer_puts_behind_a_prompt(
+    byte_level: Callable[..., tokenizers.Tokenizer],
+) -> None:
+    tokenizer = Tokenizer(byte_level("<s> $A <s>"), "<s>")
+    _, logprobs = echoed(tokenizer, "xyz")
+    assert logprobs.tokens == ["<s>", "x", "y", "z", "<s>", "z", "<s>"]
+    assert logprobs.text_offset == [0, 0, 1, 2, 3, 3, 4]
 
 
 @pytest.mark.parametrize("min_tokens", range(5))

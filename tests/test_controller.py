@@ -191,6 +191,15 @@ def test_nothing_is_looked_at_in_a_step_that_is_not_observed() -> None:
     assert set(asked) > {0}, "else there was nothing to look at"
 
 
+def test_a_look_that_takes_two_steps_goes_on_in_one_that_is_not_observed() -> None:
+    controller = Controller(MOST)
+    assert controller.best(4, rides=True) == 2
+    assert controller.width(4) == MOST
+    assert {controller.best(4, rides=True) for _ in range(2 * PATIENCE)} == {MOST}
+    assert {controller.best(4) for _ in range(2 * PATIENCE)} == {2}
+    assert controller.width(4) == MOST, "it was not timed yet"
+
+
 def test_the_best_is_told_by_all_that_is_known() -> None:
     times = {width: 1.0 + 0.4 * width for width in range(MOST + 1)}
     prior = Prior(seconds={4: times, 8: times}, acceptance=[1.0] * MOST)
@@ -214,7 +223,7 @@ def test_what_there_was_no_room_for_was_not_refused() -> None:
     controller = Controller(16)
     for _ in range(200):
         controller.width(8)
-        controller.observe(8, 14.0, 1.0, [14] * 8)
+        controller.observe(8, 15.0, 1.0, [15] * 8)
     tokens = controller._acceptance.tokens()
     assert tokens[16] > 16.9
 
