@@ -25,7 +25,6 @@ from skippy.engine import (
     SequenceOutput,
     StepStats,
 )
-from skippy.engine.controller import Controller
 from skippy.engine.drafters.base import Followed
 from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.model import CausalLM
@@ -475,43 +474,6 @@ class TestDefaultDrafter:
         params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True)
         run_dry(engine, [Request("r", PROMPT, params)], on_step=steps.append)
         assert [stats.draft_tokens for stats in steps[1:4]] == [2, 2, 2]
-
-
-class Watched(Controller):
-    """Keeps what it granted to steps that were to be timed, and what it was told of."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__(most)
-        self.granted: list[int] = []
-        self.timed: list[int] = []
-
-    def width(self, batch: int) -> int:
-        self.granted.append(super().width(batch))
-        return self.granted[-1]
-
-    def observe(self, batch: int, width: float, seconds: float, accepted: SequenceOf[int], others: int = 0) -> None:
-        self.timed.append(self.granted[-1])
-        super().observe(batch, width, seconds, accepted, others)
-
-
-def test_widths_are_looked_at_only_in_steps_that_are_timed(folder: Path, adapter: str) -> None:
-    engine = Engine(EngineConfig(model=str(folder), device="cpu", adapter=adapter, max_num_seqs=3))
-    controller = Watched(4)
-    engine.drafting.control("s3d", controller)
-    prefills: list[bool] = []
-    requests = [
-        Request(
-            str(i),
-            (1, 5 + i),
-            SamplingParams(max_tokens=9 + 4 * (i % 3), temperature=0, ignore_eos=True),
-            drafter="s3d",
-        )
-        for i in range(12)
-    ]
-    run_dry(engine, requests, on_step=lambda stats: prefills.append(stats.prefill_seconds > 0))
-    assert sum(prefills) > 4
-    assert len(controller.timed) >= 10
-    assert controller.timed == controller.granted
 
 
 def test_without_a_draft_no_time_is_booked_as_drafting(engine: Engine) -> None:

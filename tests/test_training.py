@@ -107,7 +107,7 @@ class TestData:
         assert again == generate_samples(Engine(config), [], 8, 40, 3, lambda _: None)
         assert again != generate_samples(Engine(config), [], 8, 40, 4, lambda _: None)
 
-    def test_drafts_make_it_faster_and_change_nothing(
+    def test_drafts_are_accepted_and_change_nothing(
         self, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         plain = Engine(replace(config, drafter="none"))
