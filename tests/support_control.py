@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -222,6 +222,8 @@ class Trace:
     most: int = 6
     steps: int = 2000
     """About how many steps the widest drafts make."""
+    draw: int = 0
+    """Which texts, noise and arrivals of their kind."""
 
     def regret(self, policy: Policy) -> float:
         """The share of the best fixed width's tokens that a policy misses in the same time."""
@@ -229,10 +231,11 @@ class Trace:
 
     def tokens(self, policy: Policy) -> int:
         machine, clients = MACHINES[self.machine], self.clients or MOST_CLIENTS // 3
-        texts = [_texts(self.text, client) for client in range(self.clients or MOST_CLIENTS)]
+        first = self.draw * MOST_CLIENTS
+        texts = [_texts(self.text, first + client) for client in range(self.clients or MOST_CLIENTS)]
         duration = self.steps * machine.seconds(clients, clients * (1 + self.most), clients, self.most, self.most)
-        load = [(0.0, self.clients)] if self.clients else coming_and_going(duration, self.steps)
-        moods = _moods(machine.noise, machine.hiccups)
+        load = [(0.0, self.clients)] if self.clients else coming_and_going(duration, self.draw)
+        moods = _moods(machine.noise, machine.hiccups, self.draw)
         places = [0] * len(texts)
         now, steps, tokens = 0.0, 0, 0
         changes = iter([*load[1:], (math.inf, 0)])
@@ -281,15 +284,15 @@ def _step(texts: SequenceOf[Text], places: list[int], batch: int, width: int) ->
     return _Step(rows, longest, accepted, others)
 
 
-@cache
+@lru_cache(MOST_CLIENTS * len(TEXTS))
 def _texts(name: str, client: int) -> Text:
     return TEXTS[name](client)
 
 
 @cache
-def _moods(noise: float, hiccups: float) -> list[float]:
+def _moods(noise: float, hiccups: float, draw: int) -> list[float]:
     """What the time of each step is multiplied by."""
-    chance = random.Random(0)
+    chance = random.Random(draw)
     moods = [math.exp(chance.gauss(0.0, noise)) for _ in range(4093)]
     every = round(1.0 / hiccups)
     for start in range(0, len(moods) - every, every):

@@ -1,10 +1,11 @@
 """What the controller misses against the best fixed draft length, in simulation and in an engine.
 
-    python tests/benchmarks/regret.py --simulated
+    python tests/benchmarks/regret.py --simulated [--draws N]
     python tests/benchmarks/regret.py [--clients 1 4 16 32] [--temperatures 0 0.8] [--drafters s3d hybrid] [--repeat N]
 
-Simulated: every machine, text and load of tests/support_control.py, on a counted clock. Live:
-the built-in model, in this process. At every number of clients and temperature all plans run
+Simulated: every machine, text and load of tests/support_control.py, on a counted clock. Every
+trace is drawn N times, with other noise, texts and arrivals of the same kind, and its regret is
+the mean of theirs, each against the width that is best in that draw. Live: the built-in model, in this process. At every number of clients and temperature all plans run
 on the same prompts in turn: the drafter under the controller, with every fixed length, and no
 drafts at all, every second turn in reverse order. The controller starts knowing nothing, but
 keeps what it learnt from turn to turn. A plan's speed is held against the controller's in the
@@ -34,7 +35,7 @@ PER_CLIENT = 2
 """Requests of each client at least."""
 
 
-def simulate() -> dict[str, Any]:
+def simulate(draws: int) -> dict[str, Any]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from support_control import CLIENTS, MACHINES, TEXTS, Trace  # noqa: PLC0415
 
@@ -42,11 +43,14 @@ def simulate() -> dict[str, Any]:
     for machine in MACHINES:
         for clients in CLIENTS:
             for text in TEXTS:
-                trace = Trace(machine, text, clients)
-                regret = trace.regret(Controller(trace.most))
-                rows.append({"machine": machine, "clients": clients, "text": text, "regret": regret})
+                traces = [Trace(machine, text, clients, draw=draw) for draw in range(draws)]
+                of_draws = [trace.regret(Controller(trace.most)) for trace in traces]
+                regret = statistics.mean(of_draws)
+                row = {"machine": machine, "clients": clients, "text": text, "regret": regret, "of_draws": of_draws}
+                rows.append(row)
                 load = f"{clients} clients" if clients else "1 to 32 clients"
-                print(f"{machine:12s} {load:16s} {text:18s} {regret:7.2%}", flush=True)
+                least, most = min(of_draws), max(of_draws)
+                print(f"{machine:12s} {load:16s} {text:18s} {regret:7.2%} ({least:.2%} to {most:.2%})", flush=True)
     return {"bench": "regret, simulated", "rows": rows}
 
 
@@ -104,6 +108,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulated", action="store_true")
+    parser.add_argument("--draws", type=int, default=5, help="of every simulated trace")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--drafters", nargs="+", default=["s3d", "hybrid"])
@@ -113,7 +118,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--num-threads", type=int)
     options = parser.parse_args()
-    record = simulate() if options.simulated else measure(options)
+    record = simulate(options.draws) if options.simulated else measure(options)
     worst = max(record["rows"], key=lambda row: row["regret"])
     print(f"worst of {len(record['rows'])}: {worst['regret']:.2%}")
     print(json.dumps(record))
