@@ -141,6 +141,12 @@ class LowRank(nn.Module):
         return torch.addmm(y, x @ a, b) if torch.is_grad_enabled() else y.addmm_(x @ a, b)
 
 
+def _rounded_product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> RowLinear:
+    """By a weight [out, in] rounded to float16, which the fastest kernel takes; a draft need not be exact."""
+    rounded = weight.detach().half().to(dtype).contiguous()
+    return RowLinear(rounded, None if bias is None else bias.detach().to(dtype))
+
+
 class Bridge(nn.Module):
     """What the skipped layers added one token ago, and where that token ended, to a correction.
 
@@ -172,10 +178,20 @@ class SequentialHead(nn.Module):
         self.from_token = _drawn(hidden_size, size, (3 * hidden_size) ** -0.5)
         self.from_state = nn.Parameter(torch.zeros(size, size)) if recurrent else None
         self.out = nn.Parameter(torch.zeros(size, hidden_size))
+        self._packed: tuple[RowLinear, RowLinear, RowLinear] | None = None
+
+    def pack(self) -> None:
+        """Lay the matrices out for inference on a CPU; the head cannot be trained any more."""
+        before = self.from_token if self.from_state is None else torch.cat((self.from_token, self.from_state))
+        prepare = _rounded_product(self.from_hidden.t(), self.bias, self.bias.dtype)
+        step = _rounded_product(before.t(), None, self.bias.dtype)
+        self._packed = prepare, step, _rounded_product(self.out.t(), None, self.bias.dtype)
 
     def prepare(self, hidden: Tensor) -> Tensor:
         """What the rows contribute, whatever is drafted. hidden [..., hidden_size] to [..., size]."""
         unit = F.rms_norm(hidden, hidden.shape[-1:])
+        if self._packed is not None:
+            return self._packed[0](unit.flatten(0, -2)).view(*hidden.shape[:-1], -1)
         return unit @ self.from_hidden.to(hidden.dtype) + self.bias.to(hidden.dtype)
 
     def step(self, prepared: Tensor, token: Tensor, scale: float, state: Tensor | None) -> Tensor:
@@ -183,6 +199,11 @@ class SequentialHead(nn.Module):
 
         prepared [N, size]; token [N, hidden_size], its embedding, and scale = 1 / rms(E); state [N, size].
         """
+        if self._packed is not None:
+            before = token * scale
+            if self.from_state is not None:
+                before = torch.cat((before, torch.zeros_like(prepared) if state is None else state), -1)
+            return F.silu(self._packed[1](before) + prepared)
         # One operation for product, scale and sum: a small model's draft is made of small operations.
         z = torch.addmm(prepared, token, self.from_token.to(token.dtype), alpha=scale)
         if self.from_state is not None and state is not None:
@@ -191,6 +212,8 @@ class SequentialHead(nn.Module):
 
     def correct(self, hidden: Tensor, state: Tensor) -> Tensor:
         """[N, hidden_size]."""
+        if self._packed is not None:
+            return hidden + self._packed[2](state)
         return torch.addmm(hidden, state, self.out.to(state.dtype))
 
 
@@ -229,9 +252,7 @@ class S3DAdapter(nn.Module):
                 continue
             weight, bias = model.product_parameters(layer, part)
             changed = weight.float() + (low_rank.a @ low_rank.b).t().float()
-            # Rounded to float16, which the fastest kernel takes; a draft need not be exact.
-            dtype = self.masks.dtype
-            self.folded[layer, part] = RowLinear(changed.half().to(dtype), None if bias is None else bias.to(dtype))
+            self.folded[layer, part] = _rounded_product(changed, bias, self.masks.dtype)
 
     def bind(self, context: Tensor | None, first_row: int = 0, draft_of_row: Tensor | None = None) -> BoundAdapter:
         """The adapter for one pass.

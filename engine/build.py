@@ -69,6 +69,8 @@ def build(config: EngineConfig, report: Report | None = None, reserve: Reserve |
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = choose_device(config)
+    if device.type == "cuda":
+        _prepare_gpu(config)
     checkpoint = open_checkpoint(config.model, config.revision)
     dtype = _dtype(config, checkpoint, device)
     wanted_len = wanted_context(config, checkpoint)
@@ -84,6 +86,14 @@ def build(config: EngineConfig, report: Report | None = None, reserve: Reserve |
         # A layer of its own in as many blocks; its rows need not be the same to the bit.
         eagle_cache = None if eagle is None else lay_out(eagle.config.layer, Tiling(1, 2**31))
     return Build(checkpoint, runner, max_model_len, adapter, eagle, eagle_cache)
+
+
+def _prepare_gpu(config: EngineConfig) -> None:
+    # Attention reads its mask in vectors of 16 bytes.
+    if config.block_size % 8:
+        raise ConfigError(f"block_size must be a multiple of 8 on a GPU, got {config.block_size}.")
+    # cuDNN plans anew, for milliseconds, at every number of rows and blocks, and keeps every plan.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager
@@ -144,6 +154,8 @@ def _load(
         return_freed()
 
     model = load_model(checkpoint, dtype, device, wanted_len, finish_layer=finish_layer, report=report)
+    if adapter is not None and adapter.head is not None and device.type == "cpu":
+        adapter.head.pack()
     # An adapter that is yet to be learnt has a head, too.
     has_head = config.learn is not None or (adapter is not None and adapter.head is not None)
     tiling = model.pack(
@@ -269,6 +281,7 @@ def _num_blocks(
         longest = (-(-max_len // config.block_size) + 1) * block_bytes
         budget = cpu_cache_bytes(longest, max(0, available_bytes() - reserve))
     else:
+        torch.cuda.empty_cache()  # else what loading left there would count as taken
         free, total = torch.cuda.mem_get_info(device)
         budget = int(free - (1.0 - config.gpu_memory_utilization) * total) - CUDA_RESERVE_BYTES - reserve
     blocks = min(usable, budget // block_bytes - 1)  # one more block takes what padding rows write

@@ -287,6 +287,8 @@ class Learner:
             for layer in drafting.kept:
                 drafting.fold(self._model, layer)
                 yield
+        if drafting.head is not None and self._device.type == "cpu":
+            drafting.head.pack()
         save_adapter(self._folder, self._adapter, self._checkpoint, {"learnt_steps": self.step})
         yield
         self._serving = copy.deepcopy(self._adapter)

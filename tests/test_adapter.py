@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -196,6 +197,24 @@ class TestHead:
         torch.testing.assert_close(state, F.silu(z))
         torch.testing.assert_close(head.correct(hidden, state), hidden + F.silu(z) @ head.out)
         assert (head.from_state is not None) == recurrent
+
+    @pytest.mark.parametrize("recurrent", [True, False])
+    def test_packing_changes_it_by_no_more_than_rounding(self, recurrent: bool) -> None:
+        head = SequentialHead(64, 96, recurrent=recurrent)
+        for parameter in head.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        packed = copy.deepcopy(head)
+        packed.pack()
+        with torch.inference_mode():
+            hidden, token = noise(2, 3, 64), noise(2, 64) * 2
+            into = head.prepare(hidden)
+            torch.testing.assert_close(packed.prepare(hidden), into, atol=2e-2, rtol=2e-2)
+            for state in (None, noise(2, 96)):
+                after = head.step(into[:, 1], token, 0.5, state)
+                assert not torch.allclose(after, F.silu(into[:, 1]), atol=2e-2)
+                torch.testing.assert_close(packed.step(into[:, 1], token, 0.5, state), after, atol=2e-2, rtol=2e-2)
+                corrected = head.correct(hidden[:, 1], after)
+                torch.testing.assert_close(packed.correct(hidden[:, 1], after), corrected, atol=2e-2, rtol=2e-2)
 
     def test_rows_of_several_sequences_are_prepared_at_once(self) -> None:
         head, hidden = SequentialHead(6, 4, recurrent=True), noise(2, 3, 6)

@@ -156,6 +156,18 @@ class TestHead:
         assert draft(model, adapter, hidden, [one]) == [expected]
         assert expected != chosen(model, hidden[0], one), "the head has a say"
 
+    def test_of_many_sequences_all_tokens_are_scored(
+        self, model: CausalLM, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Rows of the head for each of them would be more than it has."""
+        adapter, hidden, one = with_head(folder), hidden_rows(1, 12), prospect(MODES["greedy"])
+        by_all = draft(model, adapter, hidden, [one])
+        monkeypatch.setattr(chain, "WHOLE_BELOW", 0)
+        monkeypatch.setattr(chain, "NUM_CANDIDATES", VOCABULARY // 2)
+        by_half = draft(model, adapter, hidden, [one])
+        assert by_half != by_all
+        assert draft(model, adapter, hidden.expand(3, -1, -1), [one] * 3)[0] == by_all[0]
+
     @pytest.mark.parametrize("mode", MODES)
     def test_a_head_that_corrects_nothing_changes_nothing(self, model: CausalLM, folder: Path, mode: str) -> None:
         adapter, hidden, one = with_head(folder), hidden_rows(1, 16), prospect(MODES[mode])

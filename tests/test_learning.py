@@ -213,6 +213,7 @@ def test_it_learns_for_a_head_of_its_own_of_which_the_model_packs_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chain, "WHOLE_BELOW", 0)  # candidates are rescored with rows of the head
+    monkeypatch.setattr(chain, "NUM_CANDIDATES", 20)
     model = write_checkpoint(tmp_path / "untied", num_hidden_layers=4, tie_word_embeddings=False)
     engine = learning(model, tmp_path / "learnt")
     plain = serve(engine, 40, drafter="none")
