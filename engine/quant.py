@@ -116,15 +116,15 @@ class Int8Product:
         return self.weight.to(dtype) * (self.scale / 127).to(dtype)[:, None]
 
     def compute(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
-            rows, largest, _ = _operators().int8_vectorwise_quant(x.half())
-            y: Tensor = _operators().int8_scaled_mm(rows, self.weight, largest, self.scale, self.bias, x.dtype)
-            return y
-        # Not bitsandbytes: there a processor without AVX-512 sums in float32, which rounds, and the
-        # constant for 1 / 127^2 has a wrong digit.
+        # Of bitsandbytes no more than the product of integers on a GPU: the rest goes through float16, which some
+        # models' activations exceed; and a processor without AVX-512 it has sum in float32, which rounds.
         largest = x.abs().amax(-1, keepdim=True).float().clamp_min_(1e-30)
         rows = (x * (127 / largest)).round_().to(torch.int8)
-        y = torch._int_mm(rows, self.weight.t()).float().mul_(largest / 127**2).mul_(self.scale)
+        if x.is_cuda:
+            sums: Tensor = _operators().int8_linear_matmul(rows, self.weight)
+        else:
+            sums = torch._int_mm(rows, self.weight.t())
+        y = sums.float().mul_(largest / 127**2).mul_(self.scale)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
 

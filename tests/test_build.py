@@ -52,6 +52,11 @@ class TestDtypeAndDevice:
             build_with(folder, device="cuda")
         assert build_with(folder, device="auto").runner.pool.keys.device.type == "cpu"
 
+    def test_on_a_gpu_a_block_has_a_multiple_of_8_tokens(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(ConfigError, match="block_size must be a multiple of 8 on a GPU, got 12"):
+            build_with(folder, device="cuda", block_size=12)
+
     def test_the_number_of_threads_is_set(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[int] = []
         monkeypatch.setattr(torch, "set_num_threads", asked.append)

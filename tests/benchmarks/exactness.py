@@ -10,8 +10,8 @@ follows a difference is not compared. The drafters are the engine's own (s3d amo
 there is an adapter) and those of the tests: an oracle, one that is always wrong, one that is
 right up to a random place, one that is a place late, and the model itself, which must be
 accepted whole. JSON on the last line; exit code 1 if more than one token in 20,000 differs
-in float32, if one of them was no near tie (a margin of 1e-4 or more), or if the identity
-drafter is refused once. With int8 the reference is told and not judged: where its sums differ
+in float32, if one of them was no near tie (a margin of 1e-4 or more), or if on a CPU the
+identity drafter is refused once. With int8 the reference is told and not judged: where its sums differ
 by 1e-7 beside a half, an input may be rounded to another integer. No drafter may differ then.
 """
 
@@ -179,7 +179,9 @@ def main() -> int:
     near = all(margin < NEAR_TIE for margin in comparison.margins)
     few = parted == 0 if options.quantization == "int8" else parted * 20_000 <= compared and near
     exact = few or comparison.engine.info.dtype != "float32"
-    return 0 if exact and not refused else 1
+    # On a GPU its pass and the verifier's, of as many rows, may part at near ties.
+    sure = not refused or comparison.engine.info.device != "cpu"
+    return 0 if exact and sure else 1
 
 
 if __name__ == "__main__":
