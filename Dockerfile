@@ -34,6 +34,6 @@ VOLUME /home/skippy/.cache
 EXPOSE 8000
 # A model that has to be downloaded, or read from a slow disk, takes its time before the first 200.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=30m --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + (os.environ.get('SKIPPY_PORT') or '8000') + '/health', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + (os.environ.get('SKIPPY_PORT') or '8000') + '/health', timeout=4)"]
 ENTRYPOINT ["skippy"]
 CMD ["serve"]

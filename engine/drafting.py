@@ -123,15 +123,15 @@ class Drafting:
 
     def widest(self, name: str) -> int:
         """The most tokens that a drafter drafts in one step."""
+        if name == NoDrafter.name:
+            return 0
         if name not in self._controllers:
             return MAX_SPECULATIVE_TOKENS
         return max(self._controllers[name].most, self._free_width(name))
 
     def default_width(self, name: str) -> int:
         """The most tokens to draft for a request that does not say."""
-        if name == NoDrafter.name:
-            return 0
-        return self.widest(name) if self.is_adaptive(name) else DEFAULT_SPECULATIVE_TOKENS
+        return self.widest(name) if self.is_adaptive(name) else min(DEFAULT_SPECULATIVE_TOKENS, self.widest(name))
 
     def control(self, name: str, controller: Controller) -> None:
         """Let another controller choose a drafter's width, for which there must be one."""

@@ -282,6 +282,9 @@ class Engine:
                 if draft:
                     self._begin_again(work.sequence)
                 else:
+                    logger.error(
+                        "request %s: the model computed logits that are not finite", work.sequence.request.request_id
+                    )
                     yield self._end_with_error(work.sequence, "The model computed logits that are not finite.")
                 continue
             output = self._commit_one(work, draft, choice, logits[rows], stats)
@@ -293,6 +296,7 @@ class Engine:
 
         What is not finite spoils even rows before it, through keys that are masked, so none of the rows can be kept.
         """
+        logger.warning("request %s: logits are not finite; it goes on without drafts", sequence.request.request_id)
         sequence.max_draft = 0
         self._erase(sequence)
         self._scheduler.preempt(sequence)

@@ -12,7 +12,9 @@ import os
 import select
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 from skippy.engine.config import EngineConfig
 from skippy.engine.engine import Engine
@@ -33,6 +35,8 @@ from skippy.engine.messages import (
 from skippy.engine.types import DraftCounts, SequenceOutput, StepOutput
 
 READ_BYTES = 1 << 16
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+CLIENT_LOGGERS = ("httpx", "httpx2")
 
 logger = logging.getLogger("skippy.engine")
 
@@ -91,6 +95,9 @@ class Worker:
         if not isinstance(start, Start):
             raise TypeError(f"the first command is {type(start).__name__}, not Start")
         logging.getLogger().setLevel(start.log_level.upper())
+        if start.log_level != "debug":  # the hub's client tells of every request, and where it was sent on to
+            for name in CLIENT_LOGGERS:
+                logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
         return start.config, early
 
     def _take_commands(self, engine: Engine, *, wait: bool) -> bool:
@@ -132,7 +139,16 @@ def leave_a_core(config: EngineConfig) -> EngineConfig:
     """
     if config.num_threads is not None:
         return config
-    return replace(config, num_threads=max(1, len(os.sched_getaffinity(0)) - 1))
+    return replace(config, num_threads=max(1, usable_cores() - 1))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, or as many as its container may use the time of."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # there are no such limits, or none is set: "max"
+        quota, period = map(int, CPU_LIMIT.read_text().split())
+        return min(cores, -(-quota // period))
+    return cores
 
 
 def _refusal(request_id: str, error: InvalidRequest) -> SequenceOutput:

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 8
 """How long answers in flight may take after the signal to stop; containers get 10 in all."""
+KEEP_ALIVE_SECONDS = 75
+"""How long an idle connection stays open: longer than the minute for which most proxies keep theirs."""
 EXIT_CANNOT_START = 2
 
 
@@ -96,9 +98,10 @@ async def _serve(settings: Settings, listener: socket.socket, worker_command: Se
             app,
             http="httptools",
             log_config=None,
-            log_level="debug" if settings.log_level == "debug" else "warning",
+            log_level="warning" if settings.log_level == "info" else settings.log_level,
             access_log=settings.log_level == "debug",
             timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
         )
         server = _Server(config)
         loop = asyncio.get_running_loop()

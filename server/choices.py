@@ -64,6 +64,10 @@ class Choice:
         seen = () if options.echo else prompt_token_ids
         self._text = Detokenizer(tokenizer, seen, options.skip_special_tokens)
         self._stops = StopStrings(options.stop, options.include_stop)
+        hidden = tokenizer.special_ids if options.stop and options.skip_special_tokens else ()
+        spelled = {token_id: tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in hidden}
+        self._hidden_stops = {token_id: text for token_id, text in spelled.items() if text in options.stop}
+        """Stop strings that are special tokens, and never become text."""
         self._logprobs = Logprobs()
         """Those of tokens whose text is not out yet."""
         self._length = 0
@@ -86,13 +90,19 @@ class Choice:
                 shown.append(self._search(self._text.push(token_id)))
             if self._stops.matched is not None:
                 return self._delta(shown, "stop", self._stops.matched)
+            if token_id in self._hidden_stops and self.completion_tokens > self._options.min_tokens:
+                return self._last(shown, "stop", self._hidden_stops[token_id])
         if output.finish_reason is None:
             return self._delta(shown) if any(shown) else None
+        return self._last(shown, output.finish_reason, output.stop_reason)
+
+    def _last(self, shown: list[str], finish_reason: str, stop_reason: str | int | None) -> Delta:
+        """Everything that was held back, up to a stop string that it completes."""
         shown.append(self._search(self._text.flush()))
         if self._stops.matched is not None:
             return self._delta(shown, "stop", self._stops.matched)
         shown.append(self._stops.flush())
-        return self._delta(shown, output.finish_reason, output.stop_reason)
+        return self._delta(shown, finish_reason, stop_reason)
 
     def _hides(self, output: SequenceOutput, position: int) -> bool:
         """Whether a token is the one that ended the text; like a stop string it shows only if asked for."""

@@ -287,6 +287,7 @@ class AsyncEngineClient:
         if self.info is not None and not self._closing:
             logger.error("The engine is gone: %s", reason)
         self._settled.set()
+        self.on_step(StepStats())  # nothing runs or waits any more
         for inbox in set(self._inboxes.values()):
             inbox.put_nowait(None)
 

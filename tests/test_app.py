@@ -151,7 +151,9 @@ def test_clients_of_a_dying_engine_hear_of_it_and_so_do_later_ones(server_with: 
         assert "SIGKILL" in answer.json()["reason"]
         answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
-        assert "skippy_requests_total" in httpx.get(f"{server.url}/metrics").text
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert "skippy_requests_total" in metrics
+        assert "skippy_requests_running 0.0" in metrics
 
 
 @pytest.mark.parametrize(

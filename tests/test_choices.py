@@ -79,6 +79,20 @@ def test_offsets_do_not_count_what_the_tokenizer_puts_behind_a_prompt(
     assert logprobs.text_offset == [0, 0, 1, 2, 3, 3, 4]
 
 
+@pytest.mark.parametrize(("min_tokens", "ends"), [(0, True), (2, True), (3, False)])
+def test_a_special_token_that_is_not_shown_is_a_stop_string_nevertheless(min_tokens: int, ends: bool) -> None:
+    special = "<|fim_prefix|>"
+    a, b, end = (BUILTIN.encode(text)[0] for text in ("a", "b", special))
+    choice = Choice(BUILTIN, [a], "a", TextOptions(stop=["bc", special], min_tokens=min_tokens))
+    delta = choice.push(output([a, b, end, a]))
+    assert delta is not None
+    if ends:
+        assert (delta.text, delta.finish_reason, delta.stop_reason) == ("ab", "stop", special)
+        assert choice.completion_tokens == 3
+    else:
+        assert (delta.text, delta.finish_reason, choice.completion_tokens) == ("aba", None, 4)
+
+
 @pytest.mark.parametrize("min_tokens", range(5))
 def test_a_stop_string_may_begin_within_min_tokens_and_end_behind(min_tokens: int) -> None:
     (newline,) = BUILTIN.encode("\n")

@@ -136,7 +136,9 @@ class TestImage:
         command = json.loads(only("HEALTHCHECK").partition("CMD ")[2])
         assert command[0] == "python"
         with answering(status) as (port, paths):
-            environment = {**os.environ, "SKIPPY_PORT": str(port)}
+            # A proxy for the hub is none for the container's own server.
+            proxy = {"http_proxy": "http://127.0.0.1:1", "no_proxy": ""}
+            environment = {**os.environ, **proxy, "SKIPPY_PORT": str(port)}
             done = subprocess.run([sys.executable, *command[1:]], env=environment, capture_output=True, check=False)
         assert done.returncode == code
         assert paths == ["/health"]

@@ -28,6 +28,13 @@ class Watched(Controller):
         super().observe(batch, width, seconds, accepted, others)
 
 
+def test_without_drafts_no_rows_are_kept_for_them(tmp_path: Path) -> None:
+    engine = Engine(EngineConfig(model=str(write_checkpoint(tmp_path)), device="cpu", num_speculative_tokens=16))
+    engine.add(Request("r", (1, 5), SamplingParams(max_tokens=4), drafter="none"))
+    engine.add(Request("s", (1, 5), SamplingParams(max_tokens=4), drafter="ngram"))
+    assert [sequence.max_draft for sequence in engine.states] == [0, 16]
+
+
 def test_widths_are_looked_at_only_in_steps_that_are_timed(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model")
     adapter = str(write_adapter(folder, tmp_path / "adapter", num_speculative_tokens=5))

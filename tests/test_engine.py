@@ -250,7 +250,7 @@ def nan_for(model: CausalLM, poison: int) -> Callable[[torch.Tensor], torch.Tens
 
 
 def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
     alone = tokens_of(run_dry(engine, [Request("good", PROMPT, params)]))["good", 0]
@@ -268,6 +268,7 @@ def test_logits_that_are_not_finite_end_one_request_and_leave_no_trace(
                 if output.finish_reason:
                     ends[output.request_id] = output.finish_reason
     assert ends == {"bad": "error", "good": "length"}
+    assert caplog.messages == ["request bad: the model computed logits that are not finite"]
     assert good == alone
     assert not torch.isnan(engine.runner.pool.values[:, : engine.runner.pool.padding_slot]).any()
 

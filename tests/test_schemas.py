@@ -72,6 +72,8 @@ def test_maps_and_single_stop_strings() -> None:
         ('{"prompt": "a", "use_beam_search": true}', "use_beam_search", "unknown_parameter"),
         ('{"prompt": "a", "skippy": {"drafter": 5}}', "skippy.drafter", "invalid_type"),
         ('{"prompt": "a", "stream_options": {"x": 1}}', "stream_options.x", "unknown_parameter"),
+        ('{"prompt": "a", "foo-bar": 1}', "foo-bar", "unknown_parameter"),
+        ('{"prompt": "a", "stream_options": {"x-y": 1}}', "stream_options.x-y", "unknown_parameter"),
         (
             '{"prompt": "a", "stream_options": {"include_obfuscation": true}}',
             "stream_options.include_obfuscation",

@@ -30,7 +30,7 @@ from skippy.engine.messages import (
     encode,
 )
 from skippy.engine.types import SequenceOutput
-from skippy.engine.worker import Worker
+from skippy.engine.worker import Worker, usable_cores
 
 PATIENCE = 60.0
 
@@ -270,3 +270,15 @@ class TestEnds:
         (fatal,) = events
         assert isinstance(fatal, Fatal)
         assert "Abort" in fatal.message
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("max 100000", 4), ("150000 100000", 2), ("800000 100000", 4), (None, 4)])
+def test_a_container_has_as_many_cores_as_its_quota_lasts_for(
+    limit: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "cpu.max"
+    if limit is not None:
+        file.write_text(limit + "\n")
+    monkeypatch.setattr("skippy.engine.worker.CPU_LIMIT", file)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    assert usable_cores() == cores

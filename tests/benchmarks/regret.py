@@ -5,9 +5,11 @@
 
 Simulated: every machine, text and load of tests/support_control.py, on a counted clock. Every
 trace is drawn N times, with other noise, texts and arrivals of the same kind, and its regret is
-the mean of theirs, each against the width that is best in that draw. Live: the built-in model, in this process. At every number of clients and temperature all plans run
-on the same prompts in turn: the drafter under the controller, with every fixed length, and no
-drafts at all, every second turn in reverse order. The controller starts knowing nothing, but
+the mean of theirs, each against the width that is best in that draw.
+
+Live: the built-in model, in this process. At every number of clients and temperature all plans
+run on the same prompts in turn: the drafter under the controller, with every fixed length, and
+no drafts at all, every second turn in reverse order. The controller starts knowing nothing, but
 keeps what it learnt from turn to turn. A plan's speed is held against the controller's in the
 same turn, because neighbours in time share the machine's moods: many short turns (--repeat,
 --requests) say more than a few long ones. Regret is 1 - 1 / the best plan's median of these
