@@ -180,6 +180,11 @@ class SequentialHead(nn.Module):
         self.out = nn.Parameter(torch.zeros(size, hidden_size))
         self._packed: tuple[RowLinear, RowLinear, RowLinear] | None = None
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether it is laid out for inference."""
+        return self._packed is not None
+
     def pack(self) -> None:
         """Lay the matrices out for inference on a CPU; the head cannot be trained any more."""
         before = self.from_token if self.from_state is None else torch.cat((self.from_token, self.from_state))

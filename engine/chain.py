@@ -2,8 +2,9 @@
 
 The adapter's sequential head goes over the rows in order and corrects the hidden state of
 each in the light of the token drafted before it. The corrected state meets the model's head:
-all of it while that is cheap; of a large vocabulary only a few candidates of each row, those
-that the rows' uncorrected states find likeliest, in one product for all rows.
+all of it while that is cheap, or where many sequences are drafted for at once; else of a
+large vocabulary only a few candidates of each row, those that the rows' uncorrected states
+find likeliest, in one product for all rows.
 
 A token that will hardly be reached is not worth a row of the verify pass, so drafts end
 where confidence does, as in EAGLE-2 (arXiv 2406.16858); what a confidence is worth is for
@@ -109,8 +110,8 @@ def level_of(confidence: float, levels: int) -> int:
 def _scorer(model: CausalLM, adapter: S3DAdapter, hidden: Tensor) -> _WholeHead | _Candidates:
     draftable = model.config.vocab_size if adapter.draft_ids is None else len(adapter.draft_ids)
     batch, _, size = hidden.shape
-    # Each sequence's candidates are rows of the head of its own: of many sequences they are more than the head has.
-    if adapter.head is None or draftable * size <= WHOLE_BELOW or batch * NUM_CANDIDATES >= draftable:
+    # Every sequence gathers rows for itself; together they should be no more than all that can be drafted.
+    if adapter.head is None or draftable * size <= WHOLE_BELOW or batch * NUM_CANDIDATES > draftable:
         return _WholeHead(model)
     return _Candidates(model, hidden)
 

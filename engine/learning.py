@@ -104,14 +104,17 @@ def learning_bytes(checkpoint: Checkpoint, adapter: S3DAdapter | None, device: t
     """What learning takes beside the engine.
 
     That is, in float32, an adapter, its gradient and moments, what drafts now and what is about to; on a CPU, too, a
-    teacher in bfloat16, and once more the matrices that the latter's LoRA is folded into, in half precision.
+    teacher in bfloat16, and once more, in half precision, the matrices that the latter's LoRA is folded into, and its
+    head.
     """
     base = checkpoint.config
     shape = fresh_shape(checkpoint) if adapter is None else adapter.config
-    needed = 6 * 4 * sum(part_sizes(shape, base).values())
+    sizes = part_sizes(shape, base)
+    needed = 6 * 4 * sum(sizes.values())
     if device.type == "cpu":
         kept = base.num_hidden_layers - (shape.skip_end - shape.skip_start)
         needed += 2 * num_parameters(base) + 2 * num_parameters(base) * kept // base.num_hidden_layers
+        needed += 2 * sizes["head"]
     return needed
 
 

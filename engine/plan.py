@@ -138,9 +138,12 @@ class _Job:
 
     @property
     def adapter_bytes(self) -> int:
-        """In the type of the model; a CPU keeps the kept layers once more, as float16 and changed by LoRA."""
-        folded = 2 * self.kept * self.sizes.layer if self.on_cpu and self.config.quantization == "none" else 0
-        return self.adapter_parameters * self.itemsize + folded
+        """In the type of the model; a CPU has as float16, too, its head and the kept layers as changed by LoRA."""
+        held = self.adapter_parameters * self.itemsize
+        if not self.on_cpu:
+            return held
+        folded = 2 * self.kept * self.sizes.layer if self.config.quantization == "none" else 0
+        return held + folded + 2 * part_sizes(self.adapter, self.checkpoint.config)["head"]
 
 
 def predict(config: EngineConfig, options: PlanOptions) -> Record:

@@ -17,8 +17,8 @@ as without quantisation, for one row as for many, in tiles of rows that agree (s
 The weights are never trained, but an adapter on top of them is: a product has a gradient by its
 input, that of the weights that it stands for.
 
-On a GPU bitsandbytes' fused kernels do it all, and rows are as equal as those allow: with int8
-a difference of rounding in the input may grow to a step of its integers.
+On a GPU bitsandbytes' kernels multiply, and rows are as equal as those allow: with int8 a
+difference of rounding in the input may grow to a step of its integers.
 """
 
 from __future__ import annotations

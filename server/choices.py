@@ -64,9 +64,8 @@ class Choice:
         seen = () if options.echo else prompt_token_ids
         self._text = Detokenizer(tokenizer, seen, options.skip_special_tokens)
         self._stops = StopStrings(options.stop, options.include_stop)
-        hidden = tokenizer.special_ids if options.stop and options.skip_special_tokens else ()
-        spelled = {token_id: tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in hidden}
-        self._hidden_stops = {token_id: text for token_id, text in spelled.items() if text in options.stop}
+        spelled = {tokenizer.token_to_id(stop): stop for stop in options.stop if options.skip_special_tokens}
+        self._hidden_stops = {i: stop for i, stop in spelled.items() if i in tokenizer.special_ids}
         """Stop strings that are special tokens, and never become text."""
         self._logprobs = Logprobs()
         """Those of tokens whose text is not out yet."""

@@ -115,7 +115,8 @@ class AsyncEngineClient:
         info: what was loaded; None before the engine is ready.
         loaded: the share of the model that is read, from 0 to 1; None before its size is known.
         dead: why no request can be served any more; None while the engine lives.
-        on_step: called with the stats of every step, in order; must not block.
+        on_step: called with the stats of every step, in order, and with empty ones once the engine is gone; must not
+            block.
     """
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:

@@ -93,7 +93,10 @@ class Settings(BaseModel):
         default=_ENGINE_DEFAULTS.max_num_batched_tokens,
         description="token budget of one step; longer prompts go in chunks",
     )
-    block_size: int = Field(default=_ENGINE_DEFAULTS.block_size, description="tokens per block of the KV cache")
+    block_size: int = Field(
+        default=_ENGINE_DEFAULTS.block_size,
+        description="tokens per block of the KV cache; on a GPU a multiple of 8",
+    )
     kv_cache_memory_bytes: Annotated[ByteSize | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.kv_cache_memory_bytes,
         description="size of the KV cache, as 512MiB or 4G; auto: what fits",
@@ -138,7 +141,8 @@ class Settings(BaseModel):
     )
     num_threads: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_threads,
-        description="CPU threads of the engine; auto: all cores, one less when serving",
+        description="CPU threads of the engine; auto: all cores; when serving, one less than there are or than a "
+        "container may use",
     )
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")

@@ -205,6 +205,8 @@ class TestHead:
             nn.init.normal_(parameter, std=0.1)
         packed = copy.deepcopy(head)
         packed.pack()
+        assert packed.is_packed
+        assert not head.is_packed
         with torch.inference_mode():
             hidden, token = noise(2, 3, 64), noise(2, 64) * 2
             into = head.prepare(hidden)

@@ -197,6 +197,8 @@ def test_it_begins_with_the_adapter_that_there_is(bare: Path, tmp_path: Path) ->
     for name, tensor in learner_of(engine)._adapter.state_dict().items():
         assert torch.equal(tensor, drafting.adapter.state_dict()[name]), name
     assert learner_of(engine)._learning_rate() < 8e-3 * learning_module.LATER_PEAK
+    heads = drafting.adapter.head, learner_of(engine)._adapter.head
+    assert [head is not None and head.is_packed for head in heads] == [True, False]
 
 
 @pytest.mark.parametrize("changes", [{"quantization": "nf4"}, {"dtype": "bfloat16"}, {"dtype": "auto"}])
@@ -213,14 +215,17 @@ def test_it_learns_for_a_head_of_its_own_of_which_the_model_packs_the_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chain, "WHOLE_BELOW", 0)  # candidates are rescored with rows of the head
-    monkeypatch.setattr(chain, "NUM_CANDIDATES", 20)
+    monkeypatch.setattr(chain, "NUM_CANDIDATES", 2)  # so few that they are asked for in every batch
     model = write_checkpoint(tmp_path / "untied", num_hidden_layers=4, tie_word_embeddings=False)
     engine = learning(model, tmp_path / "learnt")
     plain = serve(engine, 40, drafter="none")
     learn(engine, lambda: learner_of(engine).step >= 5)
     for _ in learner_of(engine)._hand_over():
         pass
-    assert isinstance(engine.drafting.drafters["s3d"], S3DDrafter)
+    drafter = engine.drafting.drafters["s3d"]
+    assert isinstance(drafter, S3DDrafter)
+    assert drafter.adapter.head is not None
+    assert drafter.adapter.head.is_packed
     assert serve(engine, 40, num_drafted=4) == plain
 
 
