@@ -31,8 +31,10 @@ PRIOR_MEASUREMENTS = 2
 """What it weighs that a time was measured before, as measurements of now."""
 PRIOR_REACHED = 16.0
 """Drafts that an acceptance measured before counts for."""
-SETTLED = 40
+SETTLED = 12
 """Measurements over which a time is averaged, more or less."""
+TOGETHER = 0.8
+"""How much of the best width's movement all times of a batch size share: the machine slows down for all."""
 HICCUP = 1.5
 """A time that much longer than its estimate counts as no more."""
 MARGIN = 1.02
@@ -225,9 +227,9 @@ class _Times:
             self.seconds[width] = min(old, seconds)
             return
         new = old + (min(seconds, HICCUP * old) - old) / min(count, SETTLED)
-        if count >= SETTLED and width == self._best:  # the machine slows down for all widths
+        if count >= SETTLED and width == self._best:
             for other in self.seconds:
-                self.seconds[other] *= new / old
+                self.seconds[other] *= (new / old) ** TOGETHER
         self.seconds[width] = new
 
     def _weigh(self, tokens: Sequence[float]) -> tuple[dict[int, float], dict[int, float]]:
