@@ -89,6 +89,7 @@ def build(config: EngineConfig, report: Report | None = None, reserve: Reserve |
 
 
 def _prepare_gpu(config: EngineConfig) -> None:
+    """Refuse what attention on a GPU cannot take, and choose among its kernels, for the whole process."""
     # Attention reads its mask in vectors of 16 bytes.
     if config.block_size % 8:
         raise ConfigError(f"block_size must be a multiple of 8 on a GPU, got {config.block_size}.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
-from itertools import takewhile
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -133,10 +132,13 @@ def _explain(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     # Only names of fields belong to OpenAI's notion of a param, neither list
     # positions nor the alternatives of a union.
-    names = [part for part in takewhile(lambda part: isinstance(part, str), first["loc"]) if isinstance(part, str)]
-    if first["type"] != "extra_forbidden":  # which may be called anything
-        names = list(takewhile(str.isidentifier, names))
-    param = ".".join(names) or None
+    unknown = first["type"] == "extra_forbidden"  # and may be called anything
+    path: list[str] = []
+    for part in first["loc"]:
+        if not isinstance(part, str) or not (unknown or part.isidentifier()):
+            break
+        path.append(part)
+    param = ".".join(path) or None
     match first["type"]:
         case "json_invalid":
             return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
