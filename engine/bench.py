@@ -22,6 +22,7 @@ from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.drafters.ngram import NgramDrafter
 from skippy.engine.drafters.none import NoDrafter
 from skippy.engine.drafters.s3d import S3DDrafter
+from skippy.engine.eagle import head_files, is_eagle
 from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError
 from skippy.engine.loading import weight_files
@@ -121,9 +122,13 @@ def run_bench(config: EngineConfig, options: BenchOptions) -> int:
     """
     plot = _plotter(options.plot)
     plans = [DraftPlan.parse(text) for text in options.drafters or ()]
-    # A cached prompt would make every run but the first look faster.
     engine = Engine(
-        replace(config, enable_prefix_caching=False, max_num_seqs=max(config.max_num_seqs, *options.batch_sizes))
+        replace(
+            config,
+            drafter="auto",  # what is set for serving does not say what can be compared
+            enable_prefix_caching=False,  # a cached prompt would make every run but the first look faster
+            max_num_seqs=max(config.max_num_seqs, *options.batch_sizes),
+        )
     )
     plans = plans or [DraftPlan(name) for name in DEFAULT_DRAFTERS if name in engine.drafting.drafters]
     _check_plans(plans, engine)
@@ -309,12 +314,15 @@ def _tokens_per_step(runs: SequenceOf[Run], *, looping: bool) -> float | None:
 
 
 def _hashes(config: EngineConfig, engine: Engine) -> dict[str, str | None]:
-    """SHA-256 of the weights of the model, and of its adapter if it has one."""
+    """SHA-256 of the weights of the model, and of its adapter or EAGLE-3 head if it has one."""
     folder = Path(engine.info.model_path)
-    adapter = adapter_folder(folder, config.adapter) if S3DDrafter.name in engine.drafting.drafters else None
+    trained = adapter_folder(folder, config.adapter)
+    files = [] if trained is None else [trained / "adapter.safetensors"]
+    if trained is not None and is_eagle(trained):
+        files = head_files(trained)
     return {
         "model_sha256": sha256_of(weight_files(folder)),
-        "adapter_sha256": None if adapter is None else sha256_of([adapter / "adapter.safetensors"]),
+        "adapter_sha256": sha256_of(files) if files else None,
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.errors import ConfigError
 
 BUILTIN_MODEL = "builtin"
@@ -50,7 +51,12 @@ class EngineConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name, limit in (("max_num_seqs", 2**20), ("max_num_batched_tokens", 2**20), ("num_threads", 1024)):
+        for name, limit in (
+            ("max_num_seqs", 2**20),
+            ("max_num_batched_tokens", 2**20),
+            ("num_threads", 1024),
+            ("num_speculative_tokens", MAX_SPECULATIVE_TOKENS),
+        ):
             if (getattr(self, name) or 0) > limit:
                 raise ConfigError(f"{name} must be at most {limit}, got {getattr(self, name)}.")
         if self.num_speculative_tokens is not None and self.num_speculative_tokens < 0:

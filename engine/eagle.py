@@ -187,8 +187,13 @@ def load_eagle(path: Path, base: Checkpoint, dtype: torch.dtype, device: torch.d
     return head.requires_grad_(False).eval()
 
 
+def head_files(folder: Path) -> list[Path]:
+    """The weights of a published head."""
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    files = sorted(path.glob("*.safetensors"))
+    files = head_files(path)
     if not files:
         raise AdapterError(
             f"{path} has no safetensors, and nothing else is read: a pickle (.bin) can run any code. If the head is "

@@ -21,7 +21,7 @@ from skippy.engine.config import EngineConfig
 from skippy.engine.drafters.auto import describe_choice, describe_learning
 from skippy.engine.drafters.base import Drafter
 from skippy.engine.drafting import Drafting
-from skippy.engine.errors import ConfigError, EngineDead, InvalidRequest
+from skippy.engine.errors import EngineDead, InvalidRequest
 from skippy.engine.loading import Report
 from skippy.engine.runner import Computed, Rows
 from skippy.engine.sampling import RowGroup, SamplingState, choose, logprobs
@@ -65,10 +65,6 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, report: Report | None = None, *, serves: bool = False) -> None:
-        if (config.num_speculative_tokens or 0) > MAX_SPECULATIVE_TOKENS:
-            raise ConfigError(
-                f"num_speculative_tokens must be at most {MAX_SPECULATIVE_TOKENS}, got {config.num_speculative_tokens}."
-            )
         self._config = config
         built = build(config, report, _reserve(config))
         self.runner = built.runner
@@ -91,7 +87,8 @@ class Engine:
         self._default_drafter = self.drafting.choose(config.drafter, str(built.checkpoint.path))
         if config.learn is not None and built.adapter is None:
             logger.info(describe_learning(self._default_drafter, config.learn))
-        elif config.drafter == "auto":
+        elif config.drafter == "auto" and logger.isEnabledFor(logging.INFO):
+            # To say what a training would take, some products are timed.
             has_adapter = built.adapter is not None or built.eagle is not None
             logger.info(describe_choice(self._default_drafter, has_adapter, config, self._describe_training))
         self._learner = _learner(config, built, self.drafting) if learns else None

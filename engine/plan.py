@@ -33,7 +33,8 @@ from skippy.engine.roofline import (
 )
 from skippy.engine.shape import ModelConfig
 from skippy.engine.training.display import duration
-from skippy.engine.training.estimate import BYTES_PER_WEIGHT, Precision, Processor, estimate
+from skippy.engine.training.estimate import Processor
+from skippy.engine.training.here import cost_here
 from skippy.engine.training.options import TrainOptions
 from skippy.engine.weights import Checkpoint, read_checkpoint
 
@@ -246,17 +247,14 @@ def _predict_speed(job: _Job, kv: Mapping[str, Any]) -> list[Record]:
 
 def _predict_training(job: _Job) -> Record:
     """Of `skippy train` with its defaults, in bfloat16 as it is there, checkpointing where it must."""
-    base, per_weight = job.checkpoint.config, BYTES_PER_WEIGHT.get(job.config.quantization, 2.0)
+    base, options, memory = job.checkpoint.config, TrainOptions(), job.card.memory_bytes
     processor = Processor(REACHED * job.card.half, job.card.bandwidth)
-    options = [TrainOptions(gradient_checkpointing=checkpointing) for checkpointing in (False, True)]
-    estimates = [estimate(base, job.adapter, each, Precision(2, per_weight)) for each in options]
-    available = job.card.memory_bytes - CUDA_CONTEXT_BYTES
-    cost = estimates[0] if estimates[0].peak_bytes <= available else estimates[1]
+    cost = cost_here(base, job.adapter, options, torch.bfloat16, job.config.quantization, memory)
     return {
         "writing_seconds": cost.text.seconds(processor),
-        "training_seconds": TrainOptions().steps * cost.step_seconds(processor),
+        "training_seconds": options.steps * cost.step_seconds(processor),
         "bytes": round(cost.peak_bytes),
-        "fits": cost.peak_bytes <= available,
+        "fits": cost.peak_bytes <= memory - CUDA_CONTEXT_BYTES,
         "gradient_checkpointing": cost.gradient_checkpointing,
         "adapter_parameters": job.adapter_parameters,
     }

@@ -76,8 +76,10 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def lines_of(model: Path, options: BenchOptions, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    assert run_bench(EngineConfig(model=str(model), block_size=8), options) == 0
+def lines_of(
+    model: Path, options: BenchOptions, capsys: pytest.CaptureFixture[str], drafter: str = "auto"
+) -> list[str]:
+    assert run_bench(EngineConfig(model=str(model), block_size=8, drafter=drafter), options) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -236,6 +238,16 @@ def test_without_plans_every_drafter_that_there_is_takes_part(
     record = json.loads(lines_of(tmp_path, options, capsys)[-1])
     assert [r["plan"] for r in record["rows"]] == ["none", "ngram", "hybrid"]
     assert record["adapter_sha256"] is None
+
+
+@pytest.mark.parametrize("drafter", ["none", "s3d"])
+def test_the_drafter_of_the_settings_is_that_of_a_server(
+    model: Path, prompts: Path, drafter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = BenchOptions(str(prompts), batch_sizes=(1,), max_tokens=4, limit=1, repeat=1)
+    record = json.loads(lines_of(model, options, capsys, drafter)[-1])
+    assert [row["plan"] for row in record["rows"]] == ["none", "ngram", "s3d", "hybrid"]
+    assert record["adapter_sha256"] is not None
 
 
 def test_every_plan_is_warmed_up_before_any_is_measured(

@@ -137,10 +137,13 @@ def test_tokens_are_made_once(sources: Sources, tmp_path: Path) -> None:
 def test_evaluation_problems_are_excluded(sources: Sources, tmp_path: Path) -> None:
     problems = tmp_path / "problems.jsonl"
     prompt, solution = "def add_up(a, b):\n", "    " + " ".join(f"word{i}" for i in range(20))
-    problems.write_text(json.dumps({"prompt": prompt, "canonical_solution": solution, "entry_point": "add_up"}) + "\n")
+    coding = {"prompt": prompt, "canonical_solution": solution, "entry_point": "add_up"}
+    asking = {"turns": ["Why?", " ".join(f"reason{i}" for i in range(13))]}
+    problems.write_text(json.dumps(coding) + "\n" + json.dumps(asking) + "\n")
     exclusion = Exclusion(str(problems))
     assert exclusion.forbids("class Sum:\n    def add_up(self):\n")
     assert exclusion.forbids(" ".join(f"Word{i}" for i in range(3, 16)))
+    assert exclusion.forbids(" ".join(f"reason{i}" for i in range(13)))
     assert not exclusion.forbids("def add_up_all(a):\n    return add_up(*a)\n")
     assert not exclusion.forbids(" ".join(f"word{i}" for i in range(3, 15)))
     (sources.library / "module.py").write_text(f"{SOURCE}def add_up(x):\n    return x\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,7 @@ from support_engine import TINY_CONFIG, run_dry, tokens_of, write_checkpoint
 from support_exactness import Answers, assert_exact, reference_answers, requests
 from torch import Tensor
 
-from skippy.engine import ConfigError, Engine, EngineConfig, Request, SamplingParams
+from skippy.engine import BenchOptions, ConfigError, Engine, EngineConfig, Request, SamplingParams, run_bench
 from skippy.engine.drafters import eagle3
 from skippy.engine.drafters.eagle3 import MAX_DRAFT, Eagle3Drafter
 from skippy.engine.errors import AdapterError
@@ -157,6 +159,19 @@ def answers(base: Path) -> Answers:
 def engine_with(base: Path, head: Path, **sizes: Any) -> Engine:
     config = {"block_size": 16, **sizes}
     return Engine(EngineConfig(model=str(base), device="cpu", dtype="float32", adapter=str(head), **config))
+
+
+def test_a_bench_pins_the_head(
+    byte_level: Callable[..., tokenizers.Tokenizer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_checkpoint(tmp_path / "base", num_hidden_layers=6, vocab_size=258)
+    byte_level().save(str(base / "tokenizer.json"))
+    head, prompts = write_head(tmp_path / "head", vocab_size=258), tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "abcabc"}')
+    options = BenchOptions(str(prompts), ("none", "eagle3:2"), batch_sizes=(1,), max_tokens=4, repeat=1)
+    assert run_bench(EngineConfig(model=str(base), adapter=str(head)), options) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["adapter_sha256"] == hashlib.sha256((head / "model.safetensors").read_bytes()).hexdigest()
 
 
 Recorded = list[tuple[list[int], list[int]]]

@@ -410,6 +410,11 @@ def test_a_request_larger_than_the_cache_is_refused_at_once(folder: Path) -> Non
     assert not engine.has_work
 
 
+def test_drafts_wider_than_any_step_cannot_be_configured() -> None:
+    with pytest.raises(ConfigError, match="num_speculative_tokens must be at most 32, got 33"):
+        EngineConfig(num_speculative_tokens=33)
+
+
 def test_an_unknown_drafter_cannot_be_configured(folder: Path) -> None:
     with pytest.raises(ConfigError, match="psychic"):
         Engine(EngineConfig(model=str(folder), device="cpu", drafter="psychic"))

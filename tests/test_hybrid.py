@@ -6,8 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import pytest
-from support_engine import run_dry, tokens_of, write_adapter, write_checkpoint
-from support_exactness import requests
+from support_engine import write_adapter, write_checkpoint
 
 from skippy.engine import Engine, EngineConfig, Request, SamplingParams
 from skippy.engine.drafters.hybrid import HybridDrafter
@@ -199,16 +198,3 @@ def test_its_controller_is_shown_passes_only(folder: Path, monkeypatch: pytest.M
     # The last step has no room for a draft, so nothing can be looked up.
     assert seen[:-1] == [] if found else {(1, 3, 0)} <= set(seen)
     assert widest == MAX_DRAFT if found else widest <= 3
-
-
-def test_sequences_of_every_drafter_share_a_batch(folder: Path) -> None:
-    params = SamplingParams(max_tokens=40, temperature=0.0, seed=0)
-    engine = Engine(EngineConfig(model=str(folder), device="cpu", dtype="float32", block_size=16))
-    expected = tokens_of(run_dry(engine, requests(params, "none")))
-    mixed = [
-        Request(f"{drafter} {request.request_id}", request.prompt_token_ids, params, n=request.n, drafter=drafter)
-        for drafter in ("none", "ngram", "suffix", "recycling", "s3d", "hybrid")
-        for request in requests(params, drafter)
-    ]
-    for (name, index), tokens in tokens_of(run_dry(engine, mixed)).items():
-        assert tokens == expected[name.split()[1], index]

@@ -158,7 +158,7 @@ class TestExactness:
         assert tokens_of(run_dry(engine, mixed)) == expected
 
     def test_drafters_mixed_in_one_batch(self, engine_with: Callable[..., Engine], answers: Answers) -> None:
-        engine, drafters = engine_with(), ("s3d", "none", "hybrid", "ngram")
+        engine, drafters = engine_with(), ("s3d", "none", "hybrid", "ngram", "suffix", "recycling")
         mixed = [
             replace(request, request_id=f"{name} {request.request_id}")
             for name in drafters

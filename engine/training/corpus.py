@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from skippy.engine.errors import ConfigError
-from skippy.engine.prompts import Line, read_lines
-from skippy.engine.training.data import grams
+from skippy.engine.prompts import read_lines
+from skippy.engine.training.data import Problem, grams
 from skippy.engine.training.display import Display
 from skippy.engine.training.files import check_recipe, load_tensors, save_tensors
 
@@ -102,8 +102,8 @@ class Exclusion:
     def __init__(self, path: str) -> None:
         self._grams: set[tuple[str, ...]] = set()
         names = set()
-        for problem in read_lines(path, _Problem):
-            self._grams |= grams((problem.prompt or "") + problem.canonical_solution)
+        for problem in read_lines(path, Problem):
+            self._grams = self._grams.union(*map(grams, problem.texts))
             names |= {problem.entry_point} - {""}
         self._defined = re.compile(rf"\bdef (?:{'|'.join(map(re.escape, sorted(names)))})\(") if names else None
 
@@ -112,11 +112,6 @@ class Exclusion:
         if self._defined is not None and self._defined.search(text):
             return True
         return not self._grams.isdisjoint(grams(text))
-
-
-class _Problem(Line):
-    canonical_solution: str = ""
-    entry_point: str = ""
 
 
 def is_held_out(text: str) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from skippy.engine.drafters.hybrid import HybridDrafter
 from skippy.engine.engine import Engine
+from skippy.engine.prompts import Line
 from skippy.engine.training.options import AT_ONCE
 from skippy.engine.types import Request, SamplingParams
 
@@ -95,6 +96,18 @@ def most_frequent(samples: Iterable[Sample], count: int, vocab_size: int) -> Ten
     """[count] int64: the tokens that occur most, of as many as needed that do not occur those with the lowest ids."""
     tokens = torch.tensor([token for sample in samples for token in sample.tokens])
     return tokens.bincount(minlength=vocab_size).argsort(descending=True, stable=True)[:count]
+
+
+class Problem(Line):
+    """A line of a file of evaluation problems."""
+
+    canonical_solution: str = ""
+    entry_point: str = ""
+
+    @property
+    def texts(self) -> list[str]:
+        """What no text that is trained on may overlap with: the prompt with its solution, and the turns."""
+        return [(self.prompt or "") + self.canonical_solution, *(self.turns or ())]
 
 
 def grams(text: str) -> set[tuple[str, ...]]:

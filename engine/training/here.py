@@ -32,13 +32,17 @@ def cost_here(
     options: TrainOptions,
     dtype: torch.dtype,
     quantization: Quantization,
-    device: torch.device,
+    memory: int,
 ) -> Estimate:
-    """The cost of a training; where `options` leave it open, with gradient checkpointing if it does not fit else."""
+    """The cost of a training; where `options` leave it open, with gradient checkpointing if it does not fit else.
+
+    Args:
+        memory: bytes that the device has, in use or not.
+    """
     precision = Precision(dtype.itemsize, BYTES_PER_WEIGHT.get(quantization, dtype.itemsize))
     if options.gradient_checkpointing is None:
         plain = estimate(base, adapter, replace(options, gradient_checkpointing=False), precision)
-        too_large = plain.peak_bytes > SHARE_OF_MEMORY * _total_memory(device)
+        too_large = plain.peak_bytes > SHARE_OF_MEMORY * memory
         options = replace(options, gradient_checkpointing=too_large)
     return estimate(base, adapter, options, precision)
 
@@ -53,7 +57,7 @@ def describe_training(base: ModelConfig, stored: torch.dtype, quantization: Quan
     """
     options, dtype = TrainOptions(), torch.bfloat16
     adapter = options.adapter_config(base, num_parameters(base) * stored.itemsize)
-    cost = cost_here(base, adapter, options, dtype, quantization, device)
+    cost = cost_here(base, adapter, options, dtype, quantization, memory_of(device))
     probe = Probe(base, options.batch_size * options.length, dtype, device)
     for _ in range(PROBES):
         probe.measure()
@@ -111,7 +115,7 @@ class Probe:
         return self._clock()
 
 
-def _total_memory(device: torch.device) -> int:
+def memory_of(device: torch.device) -> int:
     """Bytes that a device has, in use or not."""
     if device.type == "cuda":
         total: int = torch.cuda.mem_get_info(device)[1]

@@ -31,10 +31,11 @@ from skippy.engine.engine import Engine
 from skippy.engine.errors import ConfigError, TrainingError
 from skippy.engine.loading import weight_files
 from skippy.engine.model import CausalLM
-from skippy.engine.prompts import Line, read_lines, read_prompts
+from skippy.engine.prompts import read_lines, read_prompts
 from skippy.engine.quant import pack_as
 from skippy.engine.tokenizer import Tokenizer
 from skippy.engine.training.data import (
+    Problem,
     Sample,
     generate_samples,
     most_frequent,
@@ -53,7 +54,7 @@ from skippy.engine.training.files import (
     save_samples,
     save_tensors,
 )
-from skippy.engine.training.here import cost_here
+from skippy.engine.training.here import cost_here, memory_of
 from skippy.engine.training.options import AT_ONCE, TrainOptions
 from skippy.engine.training.trainer import Trainer, hold_out
 from skippy.engine.weights import Checkpoint, load_model, open_checkpoint
@@ -62,10 +63,6 @@ EVALUATIONS = 10
 CHECKPOINT_SECONDS = 30.0
 OF_DATA = ("model", "dtype", "quantization", "data", "exclude", "sequences", "length", "seed")
 """The parts of a recipe that the training text depends on."""
-
-
-class _Excluded(Line):
-    canonical_solution: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +157,8 @@ def _prepare(config: EngineConfig, options: TrainOptions, folder: Path) -> _Job:
         )
     hold_out([Sample([], 0, temperature_of(place), 0) for place in range(options.sequences)], options.batch_size)
     prompts = [] if options.data is None else read_prompts(options.data)
-    excluded = [] if options.exclude is None else _read_excluded(options.exclude)
+    problems = () if options.exclude is None else read_lines(options.exclude, Problem)
+    excluded = [text for problem in problems for text in problem.texts]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -178,15 +176,6 @@ def _prepare(config: EngineConfig, options: TrainOptions, folder: Path) -> _Job:
     }
     del recipe["gradient_checkpointing"]  # how it is computed, not what
     return _Job(config, options, folder, checkpoint, shape, prompts, excluded, recipe)
-
-
-def _read_excluded(path: str) -> list[str]:
-    """The evaluation texts of a JSONL file: prompts with their solutions, and turns."""
-    return [
-        text
-        for line in read_lines(path, _Excluded)
-        for text in ((line.prompt or "") + line.canonical_solution, *(line.turns or ()))
-    ]
 
 
 def _digest(texts: list[str]) -> str | None:
@@ -274,7 +263,7 @@ def _trainer(job: _Job, samples: list[Sample]) -> Trainer:
     device = model.model.embed_tokens.weight.device
     adapter.to(device)
     dtype = model.model.embed_tokens.weight.dtype
-    cost = cost_here(model.config, job.shape, job.options, dtype, job.config.quantization, device)
+    cost = cost_here(model.config, job.shape, job.options, dtype, job.config.quantization, memory_of(device))
     options = replace(job.options, gradient_checkpointing=cost.gradient_checkpointing)
     return Trainer(model, adapter, samples, options)
 
