@@ -190,12 +190,12 @@ _TRAIN_OPTIONS = (
     Option(
         "output",
         str,
-        "folder to train in; what an earlier run left there is gone on with",
+        "folder to train in; a run that was stopped there goes on",
         metavar="DIR",
         short=("-o",),
         required=True,
     ),
-    Option("data", str, f"{_PROMPTS_HELP}, for the model to continue; it also writes without any", metavar="FILE"),
+    Option("data", str, f"{_PROMPTS_HELP}, which open up to three in four of the texts; unset: none", metavar="FILE"),
     Option(
         "exclude",
         str,
@@ -210,9 +210,7 @@ _TRAIN_OPTIONS = (
     Option("learning_rate", float, "its peak", 8e-3, "X"),
     Option("tv_share", float, "share of total variation in the loss, after a first quarter of KL", 0.7, "X"),
     Option("seed", int, "seed of the text and of the training", 0),
-    Option(
-        "gradient_checkpointing", bool, "compute draft rows twice to save memory; unset: where it would not suffice"
-    ),
+    Option("gradient_checkpointing", bool, "compute draft rows twice to save memory; unset: if it would not suffice"),
     Option("num_speculative_tokens", int, "most tokens that one pass drafts", 6),
     Option("skip_start", int, "first layer that a draft skips" + _FROM_MODEL),
     Option("skip_end", int, "first layer that a draft goes on with" + _FROM_MODEL),

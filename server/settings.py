@@ -131,8 +131,8 @@ class Settings(BaseModel):
     )
     tuned_plan: str | None = Field(
         default=_ENGINE_DEFAULTS.tuned_plan,
-        description="file that skippy tune saved, with which s3d and hybrid need not measure first; unset: the one in "
-        "the user's cache directory, if there is one",
+        description="file that skippy tune saved, with which s3d and hybrid need not measure first; unset: when "
+        "serving, the one in the user's cache directory, if there is one",
     )
     learn: str | None = Field(
         default=_ENGINE_DEFAULTS.learn,
@@ -141,8 +141,8 @@ class Settings(BaseModel):
     )
     num_threads: Annotated[int | None, Auto] = Field(
         default=_ENGINE_DEFAULTS.num_threads,
-        description="CPU threads of the engine; auto: all cores; when serving, one less than there are or than a "
-        "container may use",
+        description="CPU threads of the engine; auto: all cores; when serving or tuning, one less than there are or "
+        "than a container may use",
     )
 
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")

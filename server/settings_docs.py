@@ -13,7 +13,8 @@ TABLE_BEGIN = "<!-- settings: written by python -m skippy.server.settings_docs -
 TABLE_END = "<!-- end of settings -->\n"
 
 _ENV_HEADER = """\
-# Settings of Skippy, each at its default. Copy to .env and uncomment what you change.
+# Settings of Skippy, each at its default, for Docker Compose: copy to .env and uncomment what you change.
+# Compose itself sets SKIPPY_HOST and SKIPPY_PORT. Without Compose nobody reads .env: export the variables.
 # Written by python -m skippy.server.settings_docs.
 """
 

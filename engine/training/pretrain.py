@@ -6,7 +6,7 @@ the text as tokens (tokens.safetensors), a checkpoint to go on from (checkpoint.
 constant rate (constant.safetensors) and a line per evaluation (progress.jsonl); the model goes to DIR/model.
 
 The same command goes on after an interruption, which loses two minutes at most, as if nothing had happened. The code
-is written for any device that PyTorch has, and no GPU has run it yet.
+is written for CPUs and CUDA, and no GPU has run it yet.
 """
 
 from __future__ import annotations
