@@ -125,7 +125,8 @@ def run_bench(config: EngineConfig, options: BenchOptions) -> int:
     engine = Engine(
         replace(
             config,
-            drafter="auto",  # what is set for serving does not say what can be compared
+            drafter="auto",  # what is set for serving does not say what is compared
+            num_speculative_tokens=None,
             enable_prefix_caching=False,  # a cached prompt would make every run but the first look faster
             max_num_seqs=max(config.max_num_seqs, *options.batch_sizes),
         )

@@ -1,4 +1,4 @@
-"""`skippy plan`: what a model would need and do on a card, from its config.json alone.
+"""`skippy plan`: what a model would need and do on a card, from its configuration alone.
 
 No weight is read. Sizes are those that the engine would have; times are a roofline over the
 card's datasheet, so bounds that no machine quite reaches.
@@ -249,12 +249,13 @@ def _predict_training(job: _Job) -> Record:
     """Of `skippy train` with its defaults, in bfloat16 as it is there, checkpointing where it must."""
     base, options, memory = job.checkpoint.config, TrainOptions(), job.card.memory_bytes
     processor = Processor(REACHED * job.card.half, job.card.bandwidth)
+    available = memory if job.on_cpu else memory - CUDA_CONTEXT_BYTES
     cost = cost_here(base, job.adapter, options, torch.bfloat16, job.config.quantization, memory)
     return {
         "writing_seconds": cost.text.seconds(processor),
         "training_seconds": options.steps * cost.step_seconds(processor),
         "bytes": round(cost.peak_bytes),
-        "fits": cost.peak_bytes <= memory - CUDA_CONTEXT_BYTES,
+        "fits": cost.peak_bytes <= available,
         "gradient_checkpointing": cost.gradient_checkpointing,
         "adapter_parameters": job.adapter_parameters,
     }

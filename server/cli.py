@@ -256,8 +256,10 @@ _TUNE_OPTIONS = (
 # Only a server has idle moments to learn in.
 _ENGINE_SETTINGS = tuple(field.name for field in fields(EngineConfig) if field.name != "learn")
 
-# A benchmark names its drafters itself, and a cached prompt would flatter every run but the first.
-_BENCH_SETTINGS = tuple(name for name in _ENGINE_SETTINGS if name not in ("drafter", "enable_prefix_caching"))
+# A benchmark names its drafters and draft lengths itself, and a cached prompt would flatter every run but the first.
+_BENCH_SETTINGS = tuple(
+    name for name in _ENGINE_SETTINGS if name not in ("drafter", "num_speculative_tokens", "enable_prefix_caching")
+)
 
 # What the others say is measured, or read from a file that does not exist yet.
 _PLAN_SETTINGS = (
@@ -271,7 +273,7 @@ _PLAN_SETTINGS = (
     "kv_cache_memory_bytes",
     "gpu_memory_utilization",
 )
-_TUNE_SETTINGS = tuple(name for name in _BENCH_SETTINGS if name not in ("num_speculative_tokens", "tuned_plan"))
+_TUNE_SETTINGS = tuple(name for name in _BENCH_SETTINGS if name != "tuned_plan")
 
 # The rest is of no use to a training, or an option of it.
 _TRAIN_SETTINGS = ("model", "revision", "device", "dtype", "quantization", "num_threads")
@@ -293,7 +295,7 @@ COMMANDS = {
         position=Option("url", str, "the server, as http://localhost:8000", metavar="URL"),
     ),
     "plan": Command(
-        "predict what a model would need and do on a card, from its config.json", _plan, _PLAN_SETTINGS, _PLAN_OPTIONS
+        "predict what a model would need and do on a card, from its configuration", _plan, _PLAN_SETTINGS, _PLAN_OPTIONS
     ),
     "tune": Command("measure how much drafting pays on this machine, for serve", _tune, _TUNE_SETTINGS, _TUNE_OPTIONS),
 }

@@ -76,10 +76,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def lines_of(
-    model: Path, options: BenchOptions, capsys: pytest.CaptureFixture[str], drafter: str = "auto"
-) -> list[str]:
-    assert run_bench(EngineConfig(model=str(model), block_size=8, drafter=drafter), options) == 0
+def lines_of(model: Path, options: BenchOptions, capsys: pytest.CaptureFixture[str], **settings: Any) -> list[str]:
+    assert run_bench(EngineConfig(model=str(model), block_size=8, **settings), options) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -235,19 +233,27 @@ def test_without_plans_every_drafter_that_there_is_takes_part(
     assert [row["plan"] for row in rows] == ["none", "ngram", "s3d", "hybrid"]
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / name).symlink_to(model / name)
-    record = json.loads(lines_of(tmp_path, options, capsys)[-1])
+    record = json.loads(lines_of(tmp_path, options, capsys, drafter="s3d")[-1])
     assert [r["plan"] for r in record["rows"]] == ["none", "ngram", "hybrid"]
     assert record["adapter_sha256"] is None
 
 
-@pytest.mark.parametrize("drafter", ["none", "s3d"])
-def test_the_drafter_of_the_settings_is_that_of_a_server(
-    model: Path, prompts: Path, drafter: str, capsys: pytest.CaptureFixture[str]
+def test_how_a_server_drafts_does_not_matter(
+    model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    built: list[EngineConfig] = []
+
+    class Recorded(Engine):
+        def __init__(self, config: EngineConfig) -> None:
+            built.append(config)
+            super().__init__(config)
+
+    monkeypatch.setattr(bench_module, "Engine", Recorded)
     options = BenchOptions(str(prompts), batch_sizes=(1,), max_tokens=4, limit=1, repeat=1)
-    record = json.loads(lines_of(model, options, capsys, drafter)[-1])
+    record = json.loads(lines_of(model, options, capsys, drafter="none", num_speculative_tokens=1)[-1])
     assert [row["plan"] for row in record["rows"]] == ["none", "ngram", "s3d", "hybrid"]
     assert record["adapter_sha256"] is not None
+    assert [config.num_speculative_tokens for config in built] == [None]
 
 
 def test_every_plan_is_warmed_up_before_any_is_measured(

@@ -22,7 +22,6 @@ from skippy.engine.errors import ConfigError
 from skippy.engine.linear import RowLinear, plain
 from skippy.engine.model import CausalLM, DecoderLayer, _Fused
 from skippy.engine.quant import NF4Product
-from skippy.engine.training import here
 from skippy.engine.training import loss as loss_module
 from skippy.engine.training import run as run_module
 from skippy.engine.training.data import Sample, temperature_of
@@ -256,7 +255,7 @@ class TestRun:
             raise Stop
 
         monkeypatch.setattr(run_module, "Trainer", record)
-        monkeypatch.setattr(here, "_total_memory", lambda _: memory)
+        monkeypatch.setattr(run_module, "memory_of", lambda _: memory)
         options = replace(OPTIONS, gradient_checkpointing=given)
         config = EngineConfig(model=str(folder), device="cpu", dtype="float32", num_threads=1)
         with pytest.raises(Stop):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,16 @@ class TestSpeed:
         assert not predicted(eight_b, "t4")["training"]["fits"]
         assert predicted(eight_b, quantization="nf4")["training"]["fits"]
         assert predicted("builtin")["training"]["adapter_parameters"] == 930_688
+
+    @pytest.mark.parametrize(("share", "checkpointing"), [(0.9, True), (0.8, False)])
+    def test_training_without_checkpointing_leaves_as_much_memory_free_as_skippy_train(
+        self, eight_b: str, share: float, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plain = predicted(eight_b, "h100", quantization="nf4")["training"]
+        assert not plain["gradient_checkpointing"]
+        card = replace(CARDS["h100"], memory_bytes=round(plain["bytes"] / share))
+        monkeypatch.setitem(CARDS, "h100", card)
+        assert predicted(eight_b, "h100", quantization="nf4")["training"]["gradient_checkpointing"] == checkpointing
 
 
 class TestWhereConfigsComeFrom:

@@ -103,8 +103,8 @@ class Exclusion:
         self._grams: set[tuple[str, ...]] = set()
         names = set()
         for problem in read_lines(path, Problem):
-            self._grams = self._grams.union(*map(grams, problem.texts))
-            names |= {problem.entry_point} - {""}
+            self._grams.update(*map(grams, problem.texts))
+            names |= {problem.entry_point or ""} - {""}
         self._defined = re.compile(rf"\bdef (?:{'|'.join(map(re.escape, sorted(names)))})\(") if names else None
 
     def forbids(self, text: str) -> bool:

@@ -102,7 +102,7 @@ class Problem(Line):
     """A line of a file of evaluation problems."""
 
     canonical_solution: str = ""
-    entry_point: str = ""
+    entry_point: str | None = None
 
     @property
     def texts(self) -> list[str]:
