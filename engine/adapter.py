@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
+from skippy.engine.config import MAX_SPECULATIVE_TOKENS
 from skippy.engine.linear import RowLinear
 from skippy.engine.model import CausalLM
 from skippy.engine.shape import ModelConfig

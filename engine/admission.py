@@ -5,8 +5,6 @@ from __future__ import annotations
 from skippy.engine.errors import InvalidRequest
 from skippy.engine.types import EngineInfo, Request
 
-MAX_SPECULATIVE_TOKENS = 32
-
 
 def check_request(request: Request, info: EngineInfo) -> None:
     """Hold a request against the engine's limits.

@@ -318,9 +318,9 @@ def _hashes(config: EngineConfig, engine: Engine) -> dict[str, str | None]:
     """SHA-256 of the weights of the model, and of its adapter or EAGLE-3 head if it has one."""
     folder = Path(engine.info.model_path)
     trained = adapter_folder(folder, config.adapter)
-    files = [] if trained is None else [trained / "adapter.safetensors"]
-    if trained is not None and is_eagle(trained):
-        files = head_files(trained)
+    files: list[Path] = []
+    if trained is not None:
+        files = head_files(trained) if is_eagle(trained) else [trained / "adapter.safetensors"]
     return {
         "model_sha256": sha256_of(weight_files(folder)),
         "adapter_sha256": sha256_of(files) if files else None,

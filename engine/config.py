@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.errors import ConfigError
 
 BUILTIN_MODEL = "builtin"
@@ -13,6 +12,8 @@ BUILTIN_MODEL = "builtin"
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "int8", "nf4"]
+MAX_SPECULATIVE_TOKENS = 32
+"""The most that one step may draft for one sequence."""
 NF4_BLOCK = 64
 """Weights that share a scale in nf4."""
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from skippy.engine.adapter import DEFAULT_WIDTH, S3DAdapter
-from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
 from skippy.engine.audience import Audience
 from skippy.engine.build import Build
+from skippy.engine.config import MAX_SPECULATIVE_TOKENS
 from skippy.engine.controller import Controller, Prior
 from skippy.engine.drafters import eagle3, recycling, suffix
 from skippy.engine.drafters.base import Drafter, Keeper

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from skippy.engine.accept import accept
-from skippy.engine.admission import MAX_SPECULATIVE_TOKENS, check_request
+from skippy.engine.admission import check_request
 from skippy.engine.blocks import BlockAllocator
 from skippy.engine.build import Build, Reserve, build
-from skippy.engine.config import EngineConfig
+from skippy.engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig
 from skippy.engine.drafters.auto import describe_choice, describe_learning
 from skippy.engine.drafters.base import Drafter
 from skippy.engine.drafting import Drafting

@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from skippy.engine.adapter import S3DAdapter
-from skippy.engine.admission import MAX_SPECULATIVE_TOKENS
-from skippy.engine.config import EngineConfig, Quantization
+from skippy.engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig, Quantization
 from skippy.engine.controller import Controller, batch_class, widths_up_to
 from skippy.engine.drafters.s3d import S3DDrafter, S3DFusedDrafter
 from skippy.engine.engine import Engine
